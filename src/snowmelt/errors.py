@@ -1,0 +1,31 @@
+"""The one exception class for a person's mistakes, and the lookup that names the nearest choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Choice = TypeVar("Choice")
+
+
+class UserError(Exception):
+    """A mistake a person can mend: one sentence that says what happened and what to do.
+
+    The command line prints the sentence and leaves with exit code 2; nothing has been written or damaged.
+    """
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The ending of an error sentence: the nearest of `names` when one is near, then all of them."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}choose one of: {', '.join(known)}"
+
+
+def choose(table: Mapping[str, Choice], name: str, what: str) -> Choice:
+    """`table[name]`, or a `UserError` that lists the names and the nearest one."""
+    if name not in table:
+        raise UserError(f"There is no {what} {name!r}; {nearest(name, table)}.")
+    return table[name]
