@@ -1,3 +1,40 @@
-"""Snowmelt turns a folder of images into a generator."""
+"""Snowmelt turns a folder of images into a generator: the verbs and the parts, by their public names.
+
+Names are imported when they are first used, so that importing Snowmelt costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "snowmelt.errors": ("UserError",),
+    "snowmelt.prepare": ("PrepareOptions", "prepare"),
+    "snowmelt.train": ("TrainOptions", "train"),
+    "snowmelt.sample": ("SampleOptions", "sample"),
+    "snowmelt.run": ("Run",),
+    "snowmelt.config": ("Config", "DataConfig", "DiffusionConfig", "TrainingConfig", "UNetConfig"),
+    "snowmelt.data.prepared": ("Prepared", "open_prepared"),
+    "snowmelt.diffusion.noise": ("add_noise", "alpha_sigma"),
+    "snowmelt.diffusion.schedules": ("SCHEDULES", "time_grid"),
+    "snowmelt.diffusion.denoiser": ("Denoiser", "PREDICTS"),
+    "snowmelt.diffusion.loss": ("WEIGHTS", "denoising_loss"),
+    "snowmelt.diffusion.samplers": ("SAMPLERS", "Step", "ancestral"),
+    "snowmelt.diffusion.guidance": ("clamped", "classifier_free"),
+    "snowmelt.networks.unet": ("UNet",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [*_HOME_OF, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'snowmelt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    # A verb's module bears the same name as its function: the function wins.
+    globals()[name] = value
+    return value

@@ -1,0 +1,5 @@
+"""`python -m snowmelt`."""
+
+from snowmelt.cli import main
+
+main()

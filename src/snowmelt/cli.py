@@ -1,0 +1,84 @@
+"""The command line: one table from verb to function; the options of a verb are the fields of its dataclass."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+VERBS: dict[str, tuple[str, str, str]] = {
+    # verb: (module, options dataclass, what it does); the function bears the verb's name.
+    "prepare": ("snowmelt.prepare", "PrepareOptions", "look through a folder, zip or tar of images and make it ready"),
+    "train": ("snowmelt.train", "TrainOptions", "train a generator on pictures, or continue an interrupted run"),
+    "sample": ("snowmelt.sample", "SampleOptions", "draw new pictures from a run"),
+}
+
+USAGE = """Snowmelt turns a folder of images into a generator.
+
+usage: snowmelt VERB ...      (snowmelt VERB --help explains a verb)
+
+{verbs}
+
+first steps:
+  snowmelt train my-pictures/ --for 20m --out runs/mine
+  snowmelt sample runs/mine --grid
+"""
+
+
+def main() -> None:
+    """Run the command line of this process and exit: 0 done, 2 a mistake that one sentence explains."""
+    if hasattr(os, "EX_OK"):
+        # A closed pipe (`| head`) ends the program quietly, as it does others.
+        import signal
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line, without the program's name, and return its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, VERBS))
+        print(USAGE.format(verbs="\n".join(f"  {verb:{width}}  {about}" for verb, (_, _, about) in VERBS.items())))
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from snowmelt import __version__
+
+        print(f"snowmelt {__version__}")
+        return 0
+    # A spinning OpenMP thread makes every step many times slower as soon as another process is busy; this must be set
+    # before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from snowmelt.errors import UserError
+
+    try:
+        return _call(arguments[0], arguments[1:])
+    except UserError as error:
+        print(f"snowmelt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("snowmelt: interrupted", file=sys.stderr)
+        return 130
+
+
+def _call(verb: str, arguments: list[str]) -> int:
+    import tyro
+
+    from snowmelt.errors import UserError, choose, nearest
+
+    module_name, options_name, _ = choose(VERBS, verb, "verb")
+    module = importlib.import_module(module_name)
+    kind: Any = getattr(module, options_name)
+    options, unknown = tyro.cli(kind, prog=f"snowmelt {verb}", args=arguments, return_unknown_args=True)
+    if unknown:
+        raise UserError(f"snowmelt {verb} has no option {unknown[0]!r}; {nearest(unknown[0], _option_names(kind))}.")
+    getattr(module, verb)(options)
+    return 0
+
+
+def _option_names(kind: Any) -> list[str]:
+    import dataclasses
+
+    names = ["for" if field.name == "duration" else field.name for field in dataclasses.fields(kind)]
+    return [f"--{name.replace('_', '-')}" for name in names]

@@ -1,0 +1,183 @@
+"""The configuration of a run: frozen dataclasses, written to and read from TOML with strict keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from snowmelt.errors import UserError, nearest
+
+FORMAT = 1
+"""Of run directories; a run with a higher one was written by a later version."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What the model knows of the pictures it was trained on."""
+
+    size: int
+    """Height and width in pixels."""
+    channels: int
+    """1 for grey, 3 for colour."""
+    classes: tuple[str, ...] = ()
+    """Class names in the order of their labels; none for unlabelled pictures."""
+    std: float = 0.5
+    """Standard deviation of the training pixels in [-1, 1] units."""
+    fingerprint: str = ""
+    """Of the prepared dataset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net."""
+
+    channels: tuple[int, ...] = (32, 64, 64)
+    """Width at each size, from the full size down; every further entry halves the size."""
+    attention: tuple[bool, ...] = (False, False, True)
+    """Whether each size has attention."""
+    blocks: int = 1
+    """Residual blocks at each size."""
+    patch: int = 1
+    """Squares of patch x patch pixels enter as one place (1: pixels as they are)."""
+    groups: int = 8
+    """Groups of every group normalization; divides all channels."""
+    head_channels: int = 32
+    """Channels of one attention head."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.attention) != len(self.channels):
+            raise UserError(
+                f"network.attention has {len(self.attention)} entries and network.channels {len(self.channels)}; "
+                "give one for each size."
+            )
+        if any(width % self.groups for width in self.channels):
+            raise UserError(f"network.channels {self.channels} must all be multiples of network.groups {self.groups}.")
+
+    @property
+    def divisor(self) -> int:
+        """The picture size must be a multiple of this."""
+        return self.patch * 2 ** (len(self.channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """What is learnt: levels, prediction, weight."""
+
+    schedule: str = "cosine"
+    predicts: str = "edm"
+    weight: str = "constant"
+    label_dropout: float = 0.1
+    """Share of training labels hidden from the network, so that it also learns to draw without a class."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How it is learnt."""
+
+    steps: int | None = None
+    """Optimizer updates; or none, when `seconds` decides."""
+    seconds: float | None = None
+    """Wall-clock time for the whole run, final pictures and report included."""
+    batch: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    """Steps in which the learning rate rises from 0."""
+    decay: float = 0.6
+    """Share of the run, at its end, in which the learning rate falls to 0."""
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    average: float = 0.1
+    """Length of the running average of the weights, as a share of the run so far (its sigma_rel)."""
+    flip: bool = False
+    """Mirror half of the pictures."""
+    seed: int = 0
+    precision: str = "fp32"
+    threads: int = 1
+    """CPU threads of the arithmetic; part of the run, since other counts round differently."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run is made of; with the prepared dataset it determines every weight."""
+
+    data: DataConfig
+    model: str = "diffusion"
+    network: UNetConfig = dataclasses.field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    request: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """The options the run was asked for with; the same ones again continue it."""
+    format: int = FORMAT
+    version: str = ""
+    """Of the Snowmelt that wrote the run."""
+
+
+Value = TypeVar("Value")
+
+
+def to_tables(value: Any) -> Any:
+    """A dataclass as TOML-ready tables; None, which TOML lacks, is left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: to_tables(item) for name, item in pairs if item is not None}
+    if isinstance(value, dict):
+        return {name: to_tables(item) for name, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def to_toml(value: Any) -> str:
+    """A dataclass as TOML text."""
+    import tomli_w
+
+    return tomli_w.dumps(to_tables(value))
+
+
+def from_table(kind: type[Value], table: dict[str, Any], where: str) -> Value:
+    """A dataclass of `kind` from tables.
+
+    Raises:
+        UserError: an unknown key (naming the nearest one), a wrong type, a missing value; `where` names the file.
+    """
+    import cattrs
+    from cattrs.errors import ClassValidationError
+
+    _refuse_unknown(kind, table, where)
+    try:
+        return cattrs.structure(table, kind)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (ClassValidationError, TypeError, ValueError) as error:
+        reasons = "; ".join(cattrs.transform_error(error))
+        raise UserError(f"{where} holds a value that does not fit: {reasons}.") from error
+
+
+def _refuse_unknown(kind: Any, table: dict[str, Any], where: str) -> None:
+    import typing
+
+    hints = typing.get_type_hints(kind)
+    for key, value in table.items():
+        if key not in hints:
+            raise UserError(f"{where} has an unknown key {key!r}; {nearest(key, hints)}.")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            _refuse_unknown(hints[key], value, where)
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a TOML file.
+
+    Raises:
+        UserError: not there, not TOML, from a later version, or with keys and values that do not fit.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as TOML ({error}).") from error
+    if isinstance(table.get("format"), int) and table["format"] > FORMAT:
+        raise UserError(f"{path} was written by a later Snowmelt ({table.get('version')}); upgrade to read it.")
+    return from_table(Config, table, str(path))

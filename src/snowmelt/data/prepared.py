@@ -1,0 +1,224 @@
+"""The prepared dataset: one folder with every picture at one size, decoded once and never again.
+
+    images.npy      uint8 (count, height, width, channels), memory-mapped when opened
+    labels.npy      int64 (count,), only with classes           captions.json   only with captions
+    held_out.npy    int64, the rows kept out of training        dataset.json    everything else that matters
+    report.json     what became of every file                   report.txt      the same for people
+
+The fingerprint is the SHA-256 of the pixels' digest, labels, captions, split and settings. Nothing in the folder
+depends on the clock, on absolute paths or on how many processes made it: the same pictures give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from snowmelt.errors import UserError
+
+KIND = "snowmelt prepared dataset"
+FORMAT = 1
+FILES = (
+    "images.npy",
+    "labels.npy",
+    "held_out.npy",
+    "captions.json",
+    "dataset.json",
+    "report.json",
+    "report.txt",
+)
+HEADER_BYTES = 128  # of images.npy: numpy pads its headers to 64 bytes, and ours always needs two blocks
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened prepared dataset."""
+
+    path: Path
+    images: np.ndarray
+    """uint8 (count, height, width, channels), memory-mapped and read-only; channels is 1 or 3."""
+    labels: np.ndarray | None
+    """int64 (count,), None without classes."""
+    classes: tuple[str, ...]
+    captions: tuple[str, ...] | None
+    train: np.ndarray
+    """int64 rows of the training images, increasing."""
+    held_out: np.ndarray
+    """int64 rows of the held-out images, increasing."""
+    mean: float
+    """Of the training pixels over all channels, in [-1, 1] units."""
+    std: float
+    """Likewise; the data's sigma in the edm parameterization."""
+    fingerprint: str
+
+    @property
+    def size(self) -> int:
+        """Height and width in pixels."""
+        return int(self.images.shape[1])
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return int(self.images.shape[3])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is written beside the pixels."""
+
+    labels: np.ndarray | None
+    classes: tuple[str, ...]
+    captions: tuple[str, ...] | None
+    held_out: np.ndarray
+    settings: dict[str, int | str]
+    source: str
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether `path` is a folder made by `snowmelt prepare`, whatever its state."""
+    try:
+        return _read_json(path / "dataset.json").get("kind") == KIND
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def open_prepared(path: Path) -> Prepared:
+    """The prepared dataset at `path`; a `UserError` when it is none, is damaged or comes from a later version."""
+    if not is_prepared(path):
+        what = "is no prepared dataset" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; make one with `snowmelt prepare SOURCE --out {path}`.")
+    facts = _read_json(path / "dataset.json")
+    version = facts.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise UserError(
+            f"{path} was prepared by a later Snowmelt (format {version}); update Snowmelt or prepare again."
+        )
+    try:
+        return _open(path, facts)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged ({detail}); prepare it again with --out {path}.") from error
+
+
+def _open(path: Path, facts: dict[str, Any]) -> Prepared:
+    shape = tuple(int(extent) for extent in facts["shape"])
+    images = np.load(path / "images.npy", mmap_mode="r", allow_pickle=False)
+    if images.shape != shape or images.dtype != np.uint8 or shape[3] not in (1, 3):
+        raise ValueError(f"images.npy holds {images.dtype} {images.shape}, not uint8 {shape}")
+    if (path / "images.npy").stat().st_size != HEADER_BYTES + images.nbytes:
+        raise ValueError("images.npy has the wrong length")
+    classes = tuple(str(name) for name in facts["classes"])
+    labels = np.load(path / "labels.npy", allow_pickle=False) if classes else None
+    captions = tuple(_read_json(path / "captions.json")) if facts["captions"] else None
+    held_out = np.load(path / "held_out.npy", allow_pickle=False)
+    contents = Contents(labels, classes, captions, held_out, facts["settings"], facts["source"])
+    if _fingerprint(shape, facts["pixels"], contents) != facts["fingerprint"]:
+        raise ValueError("its parts do not belong together: the fingerprint differs")
+    return Prepared(
+        path=path,
+        images=images,
+        labels=labels,
+        classes=classes,
+        captions=captions,
+        train=np.setdiff1d(np.arange(shape[0], dtype=np.int64), held_out),
+        held_out=held_out,
+        mean=float(facts["mean"]),
+        std=float(facts["std"]),
+        fingerprint=str(facts["fingerprint"]),
+    )
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """The first `HEADER_BYTES` of an uint8 npy file of this shape."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    header = buffer.getvalue()
+    assert len(header) == HEADER_BYTES, "numpy has changed the length of its header"
+    return header
+
+
+def row_chunks(images: np.ndarray) -> Iterator[slice]:
+    """Consecutive slices of the rows, each about 16 MB."""
+    rows = max(1, _CHUNK_BYTES // max(1, int(images[0].nbytes)))
+    return (slice(start, start + rows) for start in range(0, len(images), rows))
+
+
+def row_digests(images: np.ndarray) -> list[bytes]:
+    """The SHA-256 of every image's pixels."""
+    return [hashlib.sha256(row.tobytes()).digest() for chunk in row_chunks(images) for row in np.asarray(images[chunk])]
+
+
+def write_dataset(folder: Path, digests: list[bytes], contents: Contents) -> None:
+    """Write everything but the reports beside `folder/images.npy`, which is complete."""
+    images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+    train = np.setdiff1d(np.arange(len(images), dtype=np.int64), contents.held_out)
+    mean, std = _moments(images, train)
+    pixels = hashlib.sha256(b"".join(digests)).hexdigest()
+    if contents.labels is not None:
+        np.save(folder / "labels.npy", contents.labels.astype("<i8"))
+    if contents.captions is not None:
+        write_json(folder / "captions.json", list(contents.captions))
+    np.save(folder / "held_out.npy", contents.held_out.astype("<i8"))
+    facts = {
+        "kind": KIND,
+        "format": FORMAT,
+        "source": contents.source,
+        "shape": list(images.shape),
+        "train": len(train),
+        "held_out": len(contents.held_out),
+        "mean": mean,
+        "std": std,
+        "classes": list(contents.classes),
+        "captions": contents.captions is not None,
+        "settings": contents.settings,
+        "pixels": pixels,
+        "fingerprint": _fingerprint(images.shape, pixels, contents),
+    }
+    write_json(folder / "dataset.json", facts)
+
+
+def write_json(path: Path, value: object) -> None:
+    """UTF-8, one line per item, the same bytes for the same value."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _moments(images: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation in [-1, 1] units, from an exact histogram: the order of summing cannot matter."""
+    counts = np.zeros(256, dtype=np.int64)
+    step = max(1, _CHUNK_BYTES // int(images[0].nbytes))
+    for start in range(0, len(rows), step):
+        counts += np.bincount(images[rows[start : start + step]].ravel(), minlength=256)
+    total = int(counts.sum())
+    first = sum(value * int(count) for value, count in enumerate(counts))
+    second = sum(value * value * int(count) for value, count in enumerate(counts))
+    variance = (second * total - first * first) / (total * total)  # whole numbers until the division
+    return 2 * first / (255 * total) - 1, 2 * variance**0.5 / 255
+
+
+def _fingerprint(shape: tuple[int, ...], pixels: str, contents: Contents) -> str:
+    def rows(array: np.ndarray | None) -> list[int]:
+        return [] if array is None else cast(list[int], array.tolist())
+
+    parts = {
+        "format": FORMAT,
+        "shape": list(shape),
+        "pixels": pixels,
+        "labels": rows(contents.labels),
+        "classes": list(contents.classes),
+        "captions": None if contents.captions is None else list(contents.captions),
+        "held_out": rows(contents.held_out),
+        "settings": contents.settings,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

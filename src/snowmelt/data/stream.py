@@ -1,0 +1,81 @@
+"""The batch for every step: a pure function of (seed, step), whoever asks and whenever.
+
+Epoch e visits the training pictures in the order of a permutation drawn from (seed, e); step s takes the pictures at
+positions s * batch ... (s + 1) * batch of that endless walk. Background threads only compute the same batches sooner.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snowmelt.data.pixels import to_images
+from snowmelt.data.prepared import Prepared
+from snowmelt.seeds import generator
+from snowmelt.shapes import Images, Labels
+
+
+class Batch(NamedTuple):
+    """What a learner is given at every step."""
+
+    images: Images
+    labels: Labels | None
+
+
+class Stream:
+    """Batches of training pictures by step.
+
+    Args:
+        flip: mirror half of the pictures.
+        workers: background threads; 0 computes each batch when it is asked for.
+    """
+
+    def __init__(
+        self, data: Prepared, *, batch: int, seed: int, flip: bool, workers: int, device: torch.device
+    ) -> None:
+        self.size, self.seed, self.flip, self.device = batch, seed, flip, device
+        # In memory once, as bytes: 60,000 small pictures are 50 MB.
+        self.pixels = torch.from_numpy(np.ascontiguousarray(data.images[data.train])).to(device)
+        self.labels = None if data.labels is None else torch.from_numpy(data.labels[data.train]).to(device)
+        self.pool = ThreadPoolExecutor(workers, "stream") if workers else None
+        self.ahead: deque[tuple[int, Future[Batch]]] = deque()
+        self.depth = 2 * workers
+        self.order = lru_cache(maxsize=4)(self._order)
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.pixels), generator=generator(self.seed, "order", epoch))
+
+    def compute(self, step: int) -> Batch:
+        """The batch of `step` (0 for the first)."""
+        positions = torch.arange(step * self.size, (step + 1) * self.size)
+        epochs = positions // len(self.pixels)
+        index = torch.cat(
+            [self.order(int(epoch))[positions[epochs == epoch] % len(self.pixels)] for epoch in epochs.unique()]
+        ).to(self.device)
+        images = to_images(self.pixels[index])
+        if self.flip:
+            mirrored = torch.rand(self.size, generator=generator(self.seed, "flip", step)) < 0.5
+            images = torch.where(mirrored.to(self.device)[:, None, None, None], images.flip(3), images)
+        return Batch(images, None if self.labels is None else self.labels[index])
+
+    def at(self, step: int) -> Batch:
+        """The batch of `step`, from the background threads when they have it."""
+        if self.pool is None:
+            return self.compute(step)
+        while self.ahead and self.ahead[0][0] != step:
+            self.ahead.popleft()[1].cancel()
+        following = self.ahead[-1][0] + 1 if self.ahead else step
+        for number in range(following, step + self.depth + 1):
+            self.ahead.append((number, self.pool.submit(self.compute, number)))
+        return self.ahead.popleft()[1].result()
+
+    def close(self) -> None:
+        """End the background threads."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,117 @@
+"""The only questions about hardware: which device, how many threads, which precision."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import nn
+
+from snowmelt.errors import UserError, choose
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where and in which number format networks compute; weights and averages stay float32."""
+
+    device: torch.device
+    name: str = "fp32"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which a network computes in this precision."""
+        dtype = DTYPES[self.name]
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+    def assert_active(self, network: nn.Module, run: Callable[[], object]) -> None:
+        """Run `run` once and check that the first convolution of `network` really answers in this precision.
+
+        Asked and active can differ silently: autocast for a device that is not used does nothing.
+        """
+        seen: list[torch.dtype] = []
+        first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+        hook = first.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+        try:
+            run()
+        finally:
+            hook.remove()
+        assert seen and seen[0] == DTYPES[self.name], f"precision {self.name} was asked for but {seen} is active"
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes a GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"There is no device {name!r} on this machine; use --device cpu or leave it out.") from error
+    return torch.device(name)
+
+
+def available_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_precision(device: torch.device, name: str) -> Precision:
+    """A checked `Precision`.
+
+    Raises:
+        UserError: an unknown name; fp16, which is hundreds of times slower on a CPU and overflows everywhere.
+    """
+    if name == "fp16":
+        raise UserError("fp16 overflows in training and is very slow on a CPU; use --precision bf16 or fp32.")
+    choose(DTYPES, name, "precision")
+    return Precision(device, name)
+
+
+def faster_precision(
+    device: torch.device, step: Callable[[Precision], object], *, seconds: float = 3.0, gain: float = 1.1
+) -> tuple[str, float]:
+    """The precision in which `step` is faster, and how many times faster bf16 ran than fp32.
+
+    Both run in turn, after one warm-up each, for about `seconds`; medians are compared, and bf16 must win by `gain`
+    so that noise does not decide.
+    """
+    times: dict[str, list[float]] = {name: [] for name in DTYPES}
+    for name in DTYPES:
+        step(Precision(device, name))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["fp32"]) < 3:
+        for name, taken in times.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step(Precision(device, name))
+            synchronize(device)
+            taken.append(time.perf_counter() - start)
+    ratio = median(times["fp32"]) / median(times["bf16"])
+    return ("bf16" if ratio >= gain else "fp32"), ratio
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of the GPU's memory where there is one, else the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

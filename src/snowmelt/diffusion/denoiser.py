@@ -1,0 +1,92 @@
+"""The denoiser: a backbone F and one row of coefficients make the estimate of the clean image.
+
+    x0 = c_skip(l) x + c_out(l) F(c_in(l) x, time(l), cond)
+
+What a network "predicts" is a row of this table and nothing else. The target of F follows by solving for it:
+F* = (x0 - c_skip x) / c_out, which is the noise for "noise", alpha noise - sigma x0 for "v", noise - x0 for "velocity".
+(Karras et al. 2022, arXiv:2206.00364, table 1; Salimans & Ho 2022, arXiv:2202.00512, for v.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from snowmelt.diffusion.noise import alpha_sigma
+from snowmelt.diffusion.schedules import ddpm_time
+from snowmelt.errors import choose
+from snowmelt.shapes import Images, Labels
+
+Denoise: TypeAlias = Callable[[Images, Tensor], Images]
+"""(x, log_snr) -> x0: a denoiser with its conditioning bound."""
+
+
+class Coefficients(NamedTuple):
+    """One row of the table at one level; each broadcasts over images."""
+
+    c_in: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+
+
+def _noise(alpha: Tensor, sigma: Tensor, data_std: float) -> Coefficients:
+    return Coefficients(torch.ones_like(alpha), 1 / alpha, -sigma / alpha)
+
+
+def _image(alpha: Tensor, sigma: Tensor, data_std: float) -> Coefficients:
+    return Coefficients(torch.ones_like(alpha), torch.zeros_like(alpha), torch.ones_like(alpha))
+
+
+def _v(alpha: Tensor, sigma: Tensor, data_std: float) -> Coefficients:
+    return Coefficients(torch.ones_like(alpha), alpha, -sigma)
+
+
+def _velocity(alpha: Tensor, sigma: Tensor, data_std: float) -> Coefficients:
+    return Coefficients(torch.ones_like(alpha), 1 / (alpha + sigma), -sigma / (alpha + sigma))
+
+
+def _edm(alpha: Tensor, sigma: Tensor, data_std: float) -> Coefficients:
+    scale = (sigma**2 + (alpha * data_std) ** 2).sqrt()
+    return Coefficients(1 / scale, alpha * data_std**2 / scale**2, sigma * data_std / scale)
+
+
+PREDICTS: dict[str, Callable[[Tensor, Tensor, float], Coefficients]] = {
+    "noise": _noise,
+    "image": _image,
+    "v": _v,
+    "velocity": _velocity,
+    "edm": _edm,
+}
+
+
+class Denoiser(nn.Module):
+    """Estimates the clean image in a noisy one.
+
+    Args:
+        backbone: `net(x, time, cond)`, an x-shaped function; it is told the equivalent DDPM step, 0..999.
+        predicts: a name of `PREDICTS`.
+        data_std: standard deviation of the training images in [-1, 1] units; only the "edm" row reads it.
+    """
+
+    def __init__(self, backbone: nn.Module, predicts: str, data_std: float = 0.5) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.row = choose(PREDICTS, predicts, "prediction")
+        self.data_std = data_std
+
+    def coefficients(self, log_snr: Tensor, like: Images) -> Coefficients:
+        """The row at `log_snr`, shaped to multiply `like`."""
+        return self.row(*alpha_sigma(log_snr, like), self.data_std)
+
+    def network(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
+        """F: what the backbone itself says about `x`, before the row turns it into an image."""
+        time = ddpm_time(log_snr.float()).expand(len(x))
+        return self.backbone(self.coefficients(log_snr, x).c_in * x, time, cond).to(x.dtype)
+
+    def forward(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
+        """x0: the expected clean image, given `x` at `log_snr` (one level, or one for each image)."""
+        _, c_skip, c_out = self.coefficients(log_snr, x)
+        return c_skip * x + c_out * self.network(x, log_snr, cond)

@@ -1,0 +1,30 @@
+"""Noise levels: one number, the log-SNR l = log(alpha^2 / sigma^2); a high one is clean, a low one is noise.
+
+    alpha(l) = sqrt(sigmoid(l))     sigma(l) = sqrt(sigmoid(-l))     alpha^2 + sigma^2 = 1
+    x = alpha x0 + sigma noise
+
+Everything below a schedule speaks this number, so schedules and step grids can be changed after training.
+(Kingma et al. 2021, "Variational Diffusion Models", arXiv:2107.00630.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snowmelt.shapes import Images
+
+BOUND = 10.0
+"""Levels stay within +-10: the DDPM table runs from 9.2 to -10.1, and float32 is exact enough up to there."""
+
+
+def alpha_sigma(log_snr: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise scale of `log_snr` (one level, or one for each image), shaped to multiply `like`."""
+    level = log_snr.reshape(-1, *[1] * (like.ndim - 1)) if log_snr.ndim else log_snr
+    return torch.sigmoid(level).sqrt(), torch.sigmoid(-level).sqrt()
+
+
+def add_noise(x0: Images, noise: Images, log_snr: Tensor) -> Images:
+    """The noisy image x = alpha x0 + sigma noise: a draw of q(x | x0) at the level `log_snr`."""
+    alpha, sigma = alpha_sigma(log_snr, x0)
+    return alpha * x0 + sigma * noise

@@ -1,0 +1,111 @@
+"""The parts a U-Net is built from: x-shaped layers that are told a vector about the level and the class.
+
+The arithmetic and the names of the parts are those of the blocks of `diffusers`' `UNet2DModel`, so that weights can
+pass between the two without a change.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def sinusoids(time: Float[Tensor, " batch"], width: int) -> Float[Tensor, "batch width"]:
+    """Cosines and sines of `time` at geometrically spaced frequencies from 1 to 1/10000 (Vaswani et al. 2017)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=time.device))
+    angles = time.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers over the sinusoids of the time."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv; norm scaled and shifted by the embedding, SiLU, conv; plus the input."""
+
+    def __init__(self, channels: int, out: int, *, embedding: int, groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding, 2 * out)
+        self.norm2 = nn.GroupNorm(groups, out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+        # A block begins as the identity: deep networks then learn from the first step on.
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time_emb_proj(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+        hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(hidden)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over (batch, heads, places, d).
+
+    On a CPU the fused kernel only pays for large maps: forward and backward of 64 maps of 7 x 7 places took 17 ms in
+    it and 3.3 ms written out (2 cores, bf16).
+    """
+    if q.device.type != "cpu" or q.shape[2] > 196:
+        return F.scaled_dot_product_attention(q, k, v)
+    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Self-attention between all places of the map, plus the input."""
+
+    def __init__(self, channels: int, *, head_channels: int, groups: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        self.group_norm = nn.GroupNorm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        nn.init.zeros_(self.to_out[0].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (
+            layer(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        mixed = attend(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.to_out[0](mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """Half the size: a convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the size: each value four times, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

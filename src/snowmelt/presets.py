@@ -1,0 +1,33 @@
+"""The one dial: from the pictures and the machine to a whole configuration."""
+
+from __future__ import annotations
+
+from snowmelt.config import DataConfig, TrainingConfig, UNetConfig
+from snowmelt.errors import UserError
+
+WIDTHS: tuple[tuple[int, UNetConfig], ...] = (
+    # up to this size: the network. Small maps are cheap, so small pictures can afford more channels.
+    (16, UNetConfig(channels=(64, 128), attention=(False, True))),
+    (40, UNetConfig(channels=(32, 64, 64), attention=(False, False, True))),
+    (1024, UNetConfig(channels=(64, 96, 128), attention=(False, False, True), patch=2)),
+)
+
+
+def network_for(data: DataConfig) -> UNetConfig:
+    """The network for pictures of this size."""
+    return next(network for size, network in WIDTHS if data.size <= size)
+
+
+def training_for(data: DataConfig, *, steps: int | None, seconds: float | None) -> TrainingConfig:
+    """How to train on pictures of this size."""
+    return TrainingConfig(steps=steps, seconds=seconds, batch=64 if data.size <= 40 else 32)
+
+
+def check_size(data: DataConfig, network: UNetConfig) -> None:
+    """Refuse pictures that the network cannot halve as often as it must."""
+    if data.size % network.divisor:
+        below = data.size // network.divisor * network.divisor
+        raise UserError(
+            f"Pictures of {data.size} pixels do not divide by {network.divisor}, as this network needs; "
+            f"use --size {below or network.divisor} or --size {below + network.divisor}."
+        )

@@ -1,0 +1,151 @@
+"""The run directory: the only channel between training, the command line and everything that looks on.
+
+    config.toml   data/   status.json   plan.json   metrics.jsonl   checkpoints/   previews/   samples/   log.txt
+    curves.png   report.md
+
+Any reader may come, go or crash at any time: every file is replaced whole, and lines are appended whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from snowmelt import checkpoint
+from snowmelt.config import Config, read_config, to_toml
+from snowmelt.errors import UserError
+from snowmelt.files import write_atomic
+
+if TYPE_CHECKING:
+    from snowmelt.device import Precision
+    from snowmelt.models.base import Model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and its configuration."""
+
+    path: Path
+    config: Config
+
+    @staticmethod
+    def create(path: Path, config: Config) -> Run:
+        """Make `path` a run; from this moment it explains itself."""
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / "config.toml", to_toml(config))
+        return Run(path, config)
+
+    @staticmethod
+    def open(path: Path) -> Run:
+        """The run at `path`.
+
+        Raises:
+            UserError: nothing there, no run, or one that does not load.
+        """
+        if not path.exists():
+            raise UserError(f"There is no run at {path}; `snowmelt train FOLDER --out {path}` makes one.")
+        if not is_run(path):
+            raise UserError(f"{path} is not a run (it has no config.toml); name a folder that `snowmelt train` made.")
+        return Run(path, read_config(path / "config.toml"))
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def data(self) -> Path:
+        """The prepared dataset: the run's own, or the one it was pointed at."""
+        own = self.path / "data"
+        return own if own.exists() else Path(self.config.request["source"])
+
+    def folder(self, name: str) -> Path:
+        """A sub-folder, made when it is not there."""
+        path = self.path / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint; None before the first."""
+        steps = checkpoint.steps_saved(self.checkpoints)
+        return checkpoint.path_of(self.checkpoints, steps[-1]) if steps else None
+
+    def load_model(self, precision: Precision) -> tuple[Model, Path]:
+        """The model with the average weights of the newest checkpoint, and where that is.
+
+        Raises:
+            UserError: there is no checkpoint yet, or it is damaged, or does not fit config.toml.
+        """
+        from snowmelt.models import build_model
+
+        path = self.newest_checkpoint()
+        if path is None:
+            raise UserError(f"{self.path} has no checkpoint yet; train it with `snowmelt train --resume {self.path}`.")
+        weights = checkpoint.load(path, "average")
+        model = build_model(self.config, precision)
+        checkpoint.load_into(model, weights, path)
+        return model, path
+
+    def status(self) -> dict[str, Any]:
+        """What the run last said of itself; empty before it said anything."""
+        try:
+            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def write_status(self, state: str, **about: Any) -> None:
+        """Say what the run is doing: `state` is training, stopped, finished or failed."""
+        status = {"state": state, **about, "pid": os.getpid(), "host": socket.gethostname()}
+        write_atomic(self.path / "status.json", json.dumps(status, indent=1))
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines after `step`, which a resumed run writes again."""
+        kept = [json.dumps(line) for line in self.metrics() if line["step"] <= step]
+        write_atomic(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing; the system lets go when the process ends, however it ends.
+
+        Raises:
+            UserError: another process trains this run; the sentence names it.
+        """
+        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            owner = self.status()
+            raise UserError(
+                f"{self.path} is being trained by process {owner.get('pid', '?')} on {owner.get('host', '?')}; "
+                "wait for it, stop it, or choose another --out."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run directory."""
+    return (path / "config.toml").is_file()

@@ -1,0 +1,215 @@
+"""`snowmelt sample`: a run and seeds become pictures, each with a note that draws it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import tyro
+
+from snowmelt import __version__
+from snowmelt.errors import UserError, choose
+from snowmelt.files import write_atomic
+from snowmelt.terminal import console
+
+if TYPE_CHECKING:
+    from snowmelt.diffusion.samplers import Step
+    from snowmelt.models.base import Drawing, Model
+    from snowmelt.run import Run
+    from snowmelt.shapes import Images
+
+MOMENTS = 12
+"""Columns of a strip."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Draw new pictures from a run: PNG files, each with a JSON beside it that says how to draw it again."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory that `snowmelt train` made."""
+    out: Path | None = None
+    """Where the pictures go; RUN/samples when not given."""
+    count: int = 16
+    """Pictures for each seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; picture 17 of seed 5 is the same picture whatever else is drawn beside it."""
+    first: int = 0
+    """Number of the first picture of each seed."""
+    classes: tuple[str, ...] = ()
+    """Classes by name, used in turn; all of them in turn when not given."""
+    unconditional: bool = False
+    """Draw without classes from a run that has them."""
+    sampler: str = "ddim"
+    """ddim (no fresh noise) or ddpm (fresh noise at every step)."""
+    steps: int = 50
+    """Evaluations of the network for each picture."""
+    guidance: float = 1.0
+    """How strongly to hold to the class: 1 is plain, 2 to 4 exaggerates it."""
+    schedule: str | None = None
+    """Noise schedule that spaces the steps; the one of the training when not given."""
+    grid: bool = False
+    """Also write all pictures as one sheet, grid.png."""
+    strip: bool = False
+    """Also write strip.png: how the pictures come out of the noise."""
+    batch: int = 64
+    """Pictures drawn at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is faster where the processor has it; fp32 draws the same picture everywhere."""
+    device: str = "auto"
+    """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
+
+
+class Wanted(NamedTuple):
+    """One picture to draw; `label` is None without classes."""
+
+    seed: int
+    number: int
+    label: int | None
+
+    @property
+    def stem(self) -> str:
+        """Of its files' names."""
+        return f"seed{self.seed}-{self.number:05d}"
+
+
+def sample(options: SampleOptions) -> list[Path]:
+    """Draw the pictures and return the files written: each picture's PNG and note, then the sheets.
+
+    Raises:
+        UserError: for every mistake in the options, before anything is written.
+    """
+    # Late, so that the command line stays instant.
+    import torch
+
+    from snowmelt.device import make_precision, pick_device
+    from snowmelt.models import check_drawing
+    from snowmelt.models.base import Drawing
+    from snowmelt.pictures import moments_of, save_png, sheet, strip
+    from snowmelt.run import Run
+
+    run = Run.open(options.run)
+    wanted = _wanted(options, run)
+
+    drawing = Drawing(options.sampler, options.steps, options.guidance, options.schedule)
+    check_drawing(drawing)
+    model, checkpoint = run.load_model(make_precision(pick_device(options.device), options.precision))
+    out = options.out or run.folder("samples")
+    _make(out)
+    shown = moments_of(options.steps, MOMENTS - 1) if options.strip else []
+    files: list[Path] = []
+    moments: list[list[Images]] = []
+    for group, steps in _drawn(run, model, wanted, drawing, options):
+        kept = [step.x for index, step in enumerate(steps) if index in shown]
+        moments.append([*kept, steps[-1].x0])
+        files += _write(out, group, steps[-1].x0, _facts(run, checkpoint, options))
+    columns = [torch.cat(parts) for parts in zip(*moments, strict=True)]
+    if options.grid:
+        files.append(save_png(out / "grid.png", sheet(columns[-1], _columns(wanted), smallest=64)))
+    if options.strip:
+        files.append(save_png(out / "strip.png", strip([column[:16] for column in columns], smallest=64)))
+    console().print(f"Wrote {len(wanted)} pictures to {out}", markup=False)
+    return files
+
+
+def _wanted(options: SampleOptions, run: Run) -> list[Wanted]:
+    """Every picture asked for, in order."""
+    for name in ("count", "steps", "batch"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; give at least 1.")
+    if options.first < 0:
+        raise UserError(f"--first is {options.first}; pictures are numbered from 0.")
+    names = run.config.data.classes
+    if options.classes and not names:
+        raise UserError(f"{options.run} was trained without classes; leave --classes away.")
+    if options.classes and options.unconditional:
+        raise UserError("--classes and --unconditional exclude each other; give one.")
+    if options.guidance != 1 and (options.unconditional or not names):
+        raise UserError("--guidance holds a picture to its class, and there is none here; leave it away.")
+    labels = {name: label for label, name in enumerate(names)}
+    turn = [choose(labels, name, "class") for name in options.classes] or list(labels.values())
+    numbers = range(options.first, options.first + options.count)
+    with_class = bool(turn) and not options.unconditional
+    return [Wanted(seed, i, turn[i % len(turn)] if with_class else None) for seed in options.seeds for i in numbers]
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
+
+
+def _drawn(
+    run: Run, model: Model, wanted: list[Wanted], drawing: Drawing, options: SampleOptions
+) -> Iterator[tuple[list[Wanted], list[Step]]]:
+    """The pictures batch by batch, with every step of their way; progress over the steps."""
+    import torch
+    from rich.progress import track
+
+    from snowmelt.seeds import noise_source
+
+    data, device = run.config.data, model.precision.device
+    shape = (data.channels, data.size, data.size)
+    groups = [wanted[start : start + options.batch] for start in range(0, len(wanted), options.batch)]
+    for index, group in enumerate(groups, 1):
+        noise = noise_source([one.seed for one in group], [one.number for one in group], shape, device)
+        labels = [one.label for one in group if one.label is not None]
+        cond = torch.tensor(labels, device=device) if labels else None
+        title = f"Drawing {len(wanted)} pictures, batch {index}/{len(groups)}"
+        way = model.sample(noise, cond, drawing)
+        yield group, list(track(way, title, drawing.steps, console=console(), transient=True))
+
+
+def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
+    """One PNG and one JSON for each picture."""
+    from snowmelt.data.pixels import to_pixels
+    from snowmelt.pictures import picture, save_png
+
+    files: list[Path] = []
+    for one, pixels in zip(group, to_pixels(images), strict=True):
+        name = None if one.label is None else facts["classes"][one.label]
+        note = {key: value for key, value in facts.items() if key != "classes"}
+        note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(note, one, name)}
+        path = out / f"{one.stem}.png"
+        save_png(path, picture(pixels))
+        write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
+        files += [path, path.with_suffix(".json")]
+    return files
+
+
+def _facts(run: Run, checkpoint: Path, options: SampleOptions) -> dict[str, Any]:
+    """What determines a picture, beside its seed, number and class."""
+    from snowmelt.checkpoint import read_state
+
+    return {
+        "snowmelt": __version__,
+        "run": str(run.path),
+        "checkpoint": checkpoint.name,
+        "weights": read_state(checkpoint)["sha256"]["average"],
+        "sampler": options.sampler,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "schedule": options.schedule or run.config.diffusion.schedule,
+        "precision": options.precision,
+        "classes": run.config.data.classes,
+    }
+
+
+def _command(note: dict[str, Any], one: Wanted, name: str | None) -> str:
+    """The line that draws this picture again."""
+    words = ["snowmelt", "sample", note["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
+    for option in ("sampler", "steps", "guidance", "schedule", "precision"):
+        words += [f"--{option}", note[option]]
+    words += ["--unconditional"] if name is None else ["--classes", name]
+    return shlex.join(map(str, words))
+
+
+def _columns(wanted: list[Wanted]) -> int:
+    """Of the grid: as many as there are classes, so that each column is one; else a square."""
+    classes = len({one.label for one in wanted})
+    return classes if 1 < classes <= 20 else max(1, round(len(wanted) ** 0.5))

@@ -1,0 +1,257 @@
+"""`snowmelt train`: a folder of images (or a prepared dataset) becomes a run that anybody can draw from."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from snowmelt import __version__
+from snowmelt.config import Config, DataConfig, from_table, to_tables
+from snowmelt.errors import UserError
+from snowmelt.presets import network_for, training_for
+from snowmelt.terminal import Log, console, seconds_of, words_of
+
+if TYPE_CHECKING:
+    from snowmelt.data.prepared import Prepared
+    from snowmelt.run import Run
+
+SHORTEST = 30.0
+"""Seconds; less leaves no time to train in, next to starting up and drawing the final pictures."""
+DEFAULT_SECONDS = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Train a generator on pictures; the same command again, or --resume RUN, continues an interrupted run."""
+
+    source: tyro.conf.Positional[str | None] = None
+    """A folder, zip or tar of images, a dataset that `snowmelt prepare` made, or builtin:digits."""
+    out: Path | None = None
+    """The run directory; runs/NAME when not given."""
+    resume: Path | None = None
+    """Continue this run, with the settings it was started with."""
+    steps: int | None = None
+    """How many optimizer steps to train."""
+    duration: Annotated[str | None, tyro.conf.arg(name="for")] = None
+    """How long the whole run may take, final pictures and report included: 90s, 20m, 1h30m, 8h. 10m when neither
+    this nor --steps is given."""
+    model: str = "diffusion"
+    """The family of models."""
+    size: int | None = None
+    """Height and width of the pictures; chosen from the images when not given."""
+    color: Literal["auto", "rgb", "grey"] = "auto"
+    """Colour or grey; auto looks at the images."""
+    background: str = "white"
+    """What transparent and padded parts show: a name or #rrggbb."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How an image that is not square becomes one."""
+    classes: Literal["auto", "none"] = "auto"
+    """auto takes sub-folders as classes where every image lies in one."""
+    schedule: str | None = None
+    """Noise schedule: linear, cosine or flow."""
+    predicts: str | None = None
+    """What the network predicts: noise, image, v, velocity or edm."""
+    weight: str | None = None
+    """Weight of the loss by noise level: constant, simple or min_snr."""
+    batch: int | None = None
+    """Pictures in each step."""
+    learning_rate: float | None = None
+    """Highest learning rate."""
+    flip: bool = False
+    """Mirror half of the pictures: for things that have no left and right."""
+    seed: int = 0
+    """Decides the first weights, the order of the pictures, the noise and what is held out."""
+    precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
+    """auto measures which is faster here."""
+    config: Path | None = None
+    """A TOML file with any settings of a run's config.toml; they override what is chosen for you."""
+    device: str = "auto"
+    """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
+    workers: int = 1
+    """Threads that prepare batches ahead; any number gives the same result."""
+    save_every: float = 60.0
+    """Seconds between checkpoints."""
+
+
+PROCESS_OPTIONS = ("out", "resume", "device", "workers", "save_every")
+"""What may differ when the same command continues a run."""
+
+
+def train(options: TrainOptions) -> Run:
+    """Prepare the pictures where needed, train, and return the finished run.
+
+    Raises:
+        UserError: for every mistake in the options, before anything is written.
+    """
+    started = time.monotonic()
+    _check(options)
+    path = options.resume or options.out or Path("runs") / _name(str(options.source))
+    run = _existing(path, options)
+    say = console()
+    if run is not None and run.status().get("state") == "finished":
+        say.print(f"{path} is finished; draw from it with `snowmelt sample {path}`.", markup=False)
+        return run
+    # From here on torch is needed; bad options have been refused without waiting for it.
+    from snowmelt.training.session import Here, train_run
+
+    here = Here(options.device, options.workers, options.save_every)
+    if run is None:
+        run = _new(path, options)
+    log = Log(say, run.path / "log.txt")
+    report = train_run(run, here, log, started)
+    log(f"Wrote {report}")
+    log(f"Finished in {words_of(time.monotonic() - started)}. Draw more with: snowmelt sample {run.path}")
+    return run
+
+
+def _check(options: TrainOptions) -> None:
+    if options.resume is not None:
+        if options.source is not None or options.out is not None:
+            raise UserError("--resume RUN continues a run as it was started; leave the source and --out away.")
+    elif options.source is None:
+        raise UserError("Name a folder of images to train on, or continue a run with --resume RUN.")
+    if options.steps is not None and options.duration is not None:
+        raise UserError("Give --steps or --for, not both.")
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps {options.steps} trains nothing; give at least 1.")
+    if options.duration is not None and seconds_of(options.duration) < SHORTEST:
+        raise UserError(f"--for {options.duration} is too short to train anything; give at least {SHORTEST:.0f}s.")
+    for name, least in (("batch", 1), ("workers", 0), ("save_every", 0), ("learning_rate", 0)):
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; give {least} or more.")
+    if options.precision == "fp16":
+        raise UserError("fp16 overflows in training and is very slow on a CPU; use --precision bf16 or fp32.")
+
+
+def _name(source: str) -> str:
+    return Path(source.removeprefix("builtin:")).resolve().name.split(".")[0] or "run"
+
+
+def _request(options: TrainOptions) -> dict[str, Any]:
+    """The options that make the run what it is, as config.toml keeps them."""
+    asked = {name: value for name, value in vars(options).items() if name not in PROCESS_OPTIONS and value is not None}
+    if options.source is not None and not options.source.startswith("builtin:"):
+        asked["source"] = str(Path(options.source).resolve())
+    return asked | ({"config": options.config.read_text(encoding="utf-8")} if options.config else {})
+
+
+def _existing(path: Path, options: TrainOptions) -> Run | None:
+    """The run to continue, or None when there is none yet.
+
+    Raises:
+        UserError: `path` holds something else, or a run that was started with other options.
+    """
+    from snowmelt.run import Run, is_run
+
+    if options.resume is not None:
+        return Run.open(path)
+    if is_run(path):
+        run = Run.open(path)
+        asked, before = _request(options), run.config.request
+        changed = sorted(name for name in asked.keys() | before.keys() if asked.get(name) != before.get(name))
+        if changed:
+            names = ", ".join("--" + {"duration": "for"}.get(name, name).replace("_", "-") for name in changed)
+            raise UserError(
+                f"{path} was started with other options ({names}); continue it with "
+                f"`snowmelt train --resume {path}`, or choose another --out."
+            )
+        return run
+    if path.is_file():
+        raise UserError(f"{path} is a file; name a folder for the run with --out.")
+    if path.is_dir() and any(child.name not in ("data", ".lock") for child in path.iterdir()):
+        raise UserError(f"{path} exists and is not a run; choose another --out.")
+    return None
+
+
+def _new(path: Path, options: TrainOptions) -> Run:
+    """Prepare the pictures and write a fully resolved run."""
+    from snowmelt.data.prepared import is_prepared, open_prepared
+    from snowmelt.device import pick_device
+    from snowmelt.models import check_names
+    from snowmelt.presets import check_size
+    from snowmelt.run import Run
+    from snowmelt.training.session import choose_precision
+
+    overrides, device = _overrides(options), pick_device(options.device)
+    # Everything that can be refused is, before the first byte is written.
+    trial = resolve(DataConfig(options.size or 32, 3), options, overrides)
+    check_names(trial)
+    if options.size is not None:
+        check_size(trial.data, trial.network)
+    source = Path(str(options.source))
+    data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options)
+    config = resolve(_facts(data), options, overrides)
+    check_size(config.data, config.network)
+    path.mkdir(parents=True, exist_ok=True)
+    config = choose_precision(config, data, device, options.precision, Log(console(), path / "log.txt"))
+    return Run.create(path, config)
+
+
+def _facts(data: Prepared) -> DataConfig:
+    return DataConfig(data.size, data.channels, data.classes, round(data.std, 6), data.fingerprint)
+
+
+def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
+    """The settings a person gave, as tables over the preset: those of --config, then those of the options."""
+    tables: dict[str, dict[str, Any]] = {}
+    if options.config is not None:
+        try:
+            tables = tomllib.loads(options.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UserError(f"--config {options.config} is not readable as TOML ({error}).") from error
+    given = {
+        "diffusion": {"schedule": options.schedule, "predicts": options.predicts, "weight": options.weight},
+        "training": {"batch": options.batch, "learning_rate": options.learning_rate},
+    }
+    for section, values in given.items():
+        known = {name: value for name, value in values.items() if value is not None}
+        tables[section] = {**tables.get(section, {}), **known}
+    return tables
+
+
+def resolve(data: DataConfig, options: TrainOptions, overrides: dict[str, dict[str, Any]]) -> Config:
+    """The whole configuration: the preset for these pictures, overridden by what the person gave.
+
+    Raises:
+        UserError: an override has an unknown key or a value that does not fit.
+    """
+    seconds = None if options.duration is None else seconds_of(options.duration)
+    if options.steps is None and seconds is None:
+        seconds = DEFAULT_SECONDS
+    training = training_for(data, steps=options.steps, seconds=seconds)
+    preset = Config(
+        data,
+        options.model,
+        network=network_for(data),
+        training=dataclasses.replace(training, flip=options.flip, seed=options.seed),
+        version=__version__,
+    )
+    tables = to_tables(preset)
+    for section, values in overrides.items():
+        tables[section] = {**tables[section], **values} if section in ("network", "diffusion", "training") else values
+    config = from_table(Config, tables, str(options.config or "the options"))
+    return dataclasses.replace(config, data=data, request=_request(options))
+
+
+def _prepare(out: Path, options: TrainOptions) -> Prepared:
+    from snowmelt.prepare import PrepareOptions, prepare
+
+    return prepare(
+        PrepareOptions(
+            source=str(options.source),
+            out=out,
+            size=options.size,
+            color=options.color,
+            background=options.background,
+            fit=options.fit,
+            classes=options.classes,
+            seed=options.seed,
+        ),
+        console(),
+    )

@@ -1,0 +1,184 @@
+"""The loop: batch -> update -> average -> log, preview, checkpoint; one for every family of models."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from snowmelt import checkpoint
+from snowmelt.data.stream import Stream
+from snowmelt.ema import Average
+from snowmelt.errors import UserError
+from snowmelt.models.base import Learner
+from snowmelt.run import Run
+from snowmelt.seeds import generator
+from snowmelt.terminal import Log, size_of
+from snowmelt.training.plan import Plan
+from snowmelt.training.progress import Progress
+from snowmelt.training.signals import Stop, Stopped
+from snowmelt.training.watch import FINAL, PREVIEW, PREVIEWS, Watch
+
+BAD_STEPS = 3
+"""Updates in a row that may be skipped before the run goes back to its last good state."""
+ROLLBACKS = 5
+"""After so many, the run ends: something other than the learning rate is wrong."""
+
+
+@dataclass
+class Session:
+    """One process's work on a run."""
+
+    run: Run
+    learner: Learner
+    average: Average
+    stream: Stream
+    plan: Plan
+    watch: Watch
+    log: Log
+    stop: Stop
+    device: torch.device
+    save_every: float
+    started: float
+    """`time.monotonic()` at which the run's clock stood at 0, were it one process."""
+
+
+def fit(session: Session, progress: Progress) -> Progress:
+    """Train until the plan is fulfilled.
+
+    Raises:
+        Stopped: a signal came; everything is saved.
+        UserError: the disk is full, or the run diverged beyond help.
+    """
+    plan, watch, seed = session.plan, session.watch, session.run.config.training.seed
+    save(session, progress)
+    saved, durations = time.monotonic(), list[float]()
+    while not plan.finished(progress.step):
+        if session.stop.requested:
+            save(session, progress)
+            raise Stopped(f"Saved step {progress.step}.", session.stop.signal or 0)
+        begin = time.monotonic()
+        batch = session.stream.at(progress.step)
+        progress.step += 1
+        progress.images += len(batch.images)
+        rate = plan.learning_rate(progress.step) * progress.rate_scale
+        rng = generator(seed, "train", progress.step, progress.rollbacks, device=session.device)
+        update = session.learner.update(batch, rng, rate)
+        if update.finite:
+            session.average.update(progress.step)
+            progress.in_a_row = 0
+        else:
+            progress = skipped(session, progress)
+        durations = [*durations[-99:], time.monotonic() - begin]
+        progress.elapsed = time.monotonic() - session.started
+        watch.after_update(progress, update.losses, rate)
+        if plan.decides_at(progress.step, progress.elapsed):
+            decide(session, progress, median(durations))
+        if plan.due(progress.step, PREVIEWS):
+            watch.preview(progress)
+        if time.monotonic() - saved >= session.save_every and not progress.in_a_row:
+            save(session, progress)
+            saved = time.monotonic()
+    save(session, progress)
+    return progress
+
+
+def decide(session: Session, progress: Progress, per_step: float) -> None:
+    """Fix the horizon of a run by time, or look at it again."""
+    plan, watch = session.plan, session.watch
+    if not watch.preview_seconds:
+        watch.preview(progress)
+        progress.elapsed = time.monotonic() - session.started
+    final = watch.preview_seconds * FINAL.steps / PREVIEW.steps
+    plan.decide(
+        progress.step,
+        elapsed=progress.elapsed,
+        per_step=per_step,
+        per_watch=watch.preview_seconds * watch.previews_left(progress.step),
+        ending=final + 2,
+    )
+
+
+def skipped(session: Session, progress: Progress) -> Progress:
+    """Count a skipped update; after `BAD_STEPS` in a row go back to the last good state with half the learning rate."""
+    progress.skipped += 1
+    progress.in_a_row += 1
+    if progress.in_a_row < BAD_STEPS:
+        session.log(f"Step {progress.step} was skipped: its loss or gradient was not finite.")
+        return progress
+    if progress.rollbacks >= ROLLBACKS:
+        raise UserError(
+            f"Training diverged {ROLLBACKS + 1} times, with ever lower learning rates; "
+            f"start again with a lower --learning-rate than {session.run.config.training.learning_rate:g}."
+        )
+    back = restore(session)
+    back.rollbacks, back.rate_scale = progress.rollbacks + 1, progress.rate_scale / 2
+    back.skipped = progress.skipped
+    session.run.forget_metrics_after(back.step)
+    session.log(
+        f"Steps up to {progress.step} were not finite {BAD_STEPS} times in a row: back to step {back.step}, "
+        f"with {back.rate_scale:g} of the learning rate."
+    )
+    return back
+
+
+def groups_of(session: Session) -> checkpoint.Groups:
+    """Every tensor that a checkpoint holds."""
+    return {
+        "weights": session.learner.model.state_dict(),
+        "average": session.average.state(),
+        "optimizer": session.learner.optimizer_tensors(),
+    }
+
+
+def save(session: Session, progress: Progress) -> None:
+    """Write a checkpoint, unless the weights are not finite.
+
+    Raises:
+        UserError: the disk is full; the sentence says how much is needed.
+    """
+    groups = groups_of(session)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in groups["weights"].values()):
+        session.log(f"Step {progress.step} was not saved: weights are not finite.")
+        return
+    progress.elapsed = time.monotonic() - session.started
+    try:
+        checkpoint.save(session.run.checkpoints, progress.step, groups, progress.as_dict())
+        session.run.write_status("training", step=progress.step, images=progress.images)
+    except OSError as error:
+        raise disk_full(session.run, groups, error) from error
+
+
+def disk_full(run: Run, groups: checkpoint.Groups, error: OSError) -> Exception:
+    """The sentence for a disk without room; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    needed = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
+    free = shutil.disk_usage(run.path).free
+    kept = run.newest_checkpoint()
+    return UserError(
+        f"The disk is full: a checkpoint needs {size_of(needed)} and {size_of(free)} are free at {run.path}; "
+        f"make room and continue with `snowmelt train --resume {run.path}` "
+        f"({'from step ' + str(int(kept.name)) if kept else 'from the start'})."
+    )
+
+
+def restore(session: Session) -> Progress:
+    """Put the newest checkpoint back into the learner and the average; fresh counters where there is none.
+
+    Raises:
+        UserError: it is damaged, or from a later version.
+    """
+    path = session.run.newest_checkpoint()
+    if path is None:
+        return Progress()
+    progress = Progress.of(checkpoint.read_state(path))
+    tensors = {name: checkpoint.load(path, name) for name in ("weights", "average", "optimizer")}
+    checkpoint.load_into(session.learner.model, tensors["weights"], path)
+    session.average.load(tensors["average"])
+    session.learner.load_optimizer(tensors["optimizer"])
+    return progress

@@ -1,0 +1,100 @@
+"""How far a run goes, and the learning rate on the way.
+
+    rate(step) = learning_rate * min(1, step / warmup, (horizon - step) / (decay * horizon))
+
+A run given by steps has its horizon from the start. A run given by time measures itself early and then fixes its
+horizon, writing it down; at fixed later steps it looks again and moves the horizon only if the machine's speed has
+changed so much that it would miss the time. Every such decision is kept in plan.json, so a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snowmelt.config import TrainingConfig
+from snowmelt.files import write_atomic
+
+AIM = 0.985
+"""A run by time aims at this share of it, so that small surprises still fit."""
+TOLERANCE = 0.02
+"""The horizon moves when the run would end this share of the time away from the aim."""
+MEASURE = 0.06
+"""Share of the time after which the horizon is fixed."""
+LOOKS = 16
+"""How often, over the run, the horizon is looked at again."""
+
+
+@dataclass
+class Plan:
+    """The horizon of a run, as decided so far."""
+
+    config: TrainingConfig
+    path: Path
+    decisions: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """(step, horizon) of each decision, by rising step."""
+
+    @staticmethod
+    def open(path: Path, config: TrainingConfig) -> Plan:
+        """The plan kept at `path`, or a new one."""
+        if config.steps is not None:
+            return Plan(config, path, [(0, config.steps)])
+        try:
+            decided = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            decided = []
+        return Plan(config, path, [(step, horizon) for step, horizon in decided])
+
+    def horizon(self, step: int) -> int | None:
+        """The last step, as seen at `step`; None while a run by time is still measuring."""
+        known = [horizon for decided, horizon in self.decisions if decided <= step]
+        return known[-1] if known else None
+
+    def finished(self, step: int) -> bool:
+        """Whether `step` updates are all there are to be."""
+        horizon = self.horizon(step)
+        return horizon is not None and step >= horizon
+
+    def learning_rate(self, step: int) -> float:
+        """For update number `step`, 1 for the first."""
+        config, horizon = self.config, self.horizon(step)
+        warmth = step / max(1, min(config.warmup, (horizon or step + config.warmup) // 5))
+        left = 1.0 if horizon is None else (horizon + 1 - step) / max(1.0, config.decay * horizon)
+        return config.learning_rate * min(1.0, warmth, left)
+
+    def due(self, step: int, fractions: list[float]) -> bool:
+        """Whether one of the moments `fractions` of the horizon falls on `step`."""
+        horizon = self.horizon(step)
+        if horizon is None:
+            return False
+        return any(round(fraction * horizon) == step for fraction in fractions)
+
+    def decides_at(self, step: int, elapsed: float) -> bool:
+        """Whether a run by time should now fix its horizon, or look at it again."""
+        if self.config.seconds is None or any(decided >= step for decided, _ in self.decisions):
+            return False
+        if not self.decisions:
+            return step >= 5 and elapsed >= MEASURE * self.config.seconds
+        first, horizon = self.decisions[0]
+        stride = max(1, (horizon - first) // LOOKS)
+        return (step - first) % stride == 0
+
+    def decide(self, step: int, *, elapsed: float, per_step: float, per_watch: float, ending: float) -> None:
+        """Fix or keep the horizon at `step`, and write the decision down before it is used.
+
+        Args:
+            elapsed: seconds of the run so far.
+            per_step, per_watch: measured seconds of an update, and of the previews and errors still to come, together.
+            ending: seconds kept for the final pictures and the report.
+        """
+        assert self.config.seconds is not None
+        budget = self.config.seconds
+        possible = step + max(0, int((AIM * budget - elapsed - per_watch - ending) / per_step))
+        present = self.horizon(step)
+        if present is not None:
+            finish = elapsed + (present - step) * per_step + per_watch + ending
+            if abs(finish - AIM * budget) <= TOLERANCE * budget:
+                possible = present
+        self.decisions.append((step, max(step + 1, possible)))
+        write_atomic(self.path, json.dumps(self.decisions))

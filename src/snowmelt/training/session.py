@@ -1,0 +1,135 @@
+"""From a run directory to a trained model: set up, resume, train, finish, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from snowmelt.config import Config
+from snowmelt.data.prepared import Prepared, open_prepared
+from snowmelt.data.stream import Stream
+from snowmelt.device import Precision, available_threads, faster_precision, make_precision, pick_device
+from snowmelt.ema import Average
+from snowmelt.errors import UserError
+from snowmelt.models import build_learner
+from snowmelt.models.base import Learner
+from snowmelt.run import Run
+from snowmelt.seeds import generator
+from snowmelt.terminal import Log
+from snowmelt.training.loop import Session, fit, restore
+from snowmelt.training.plan import Plan
+from snowmelt.training.progress import Progress
+from snowmelt.training.report import write_report
+from snowmelt.training.signals import Stop, Stopped, catch_signals
+from snowmelt.training.watch import Watch
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """What belongs to this process and not to the run."""
+
+    device: str = "auto"
+    workers: int = 1
+    save_every: float = 60.0
+
+
+def choose_precision(config: Config, data: Prepared, device: torch.device, asked: str, log: Log) -> Config:
+    """The configuration with the precision and the threads settled: as asked, or as measured on this machine."""
+    threads = available_threads()
+    torch.set_num_threads(threads)
+    if asked != "auto":
+        name = make_precision(device, asked).name
+    else:
+        learners: dict[str, Learner] = {}
+        stream = Stream(data, batch=config.training.batch, seed=0, flip=False, workers=0, device=device)
+        batch = stream.at(0)
+
+        def step(precision: Precision) -> None:
+            learner = learners.setdefault(precision.name, build_learner(config, precision))
+            learner.update(batch, generator(0, "measure", device=device), 0.0)
+
+        seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
+        name, ratio = faster_precision(device, step, seconds=seconds)
+        log(f"Precision: {name} (bf16 trains {ratio:.2f} times as fast as fp32 here).")
+    training = dataclasses.replace(config.training, precision=name, threads=threads)
+    return dataclasses.replace(config, training=training)
+
+
+def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
+    """Train `run` from its newest checkpoint, or from nothing, to its end.
+
+    Args:
+        started: `time.monotonic()` when the person's command began.
+
+    Raises:
+        Stopped: on Ctrl-C or SIGTERM, after saving.
+        UserError: see `fit`, `restore` and `open_prepared`.
+    """
+    data = open_prepared(run.data)
+    if data.fingerprint != run.config.data.fingerprint:
+        raise UserError(f"The pictures in {run.data} are not the ones {run.path} was trained on; put those back.")
+    # The line of progress and the checkpoints belong to one process; signals are noted from here on.
+    with run.lock(), catch_signals() as stop:
+        try:
+            session, progress = _set_up(run, data, here, log, stop, started)
+            return _train(session, progress)
+        except Stopped:
+            run.write_status("stopped")
+            raise
+        except UserError as error:
+            _try_status(run, str(error))
+            raise
+
+
+def _try_status(run: Run, error: str) -> None:
+    try:
+        run.write_status("failed", error=error)
+    except OSError:
+        # The disk that refused the checkpoint may refuse this too; the sentence is what matters.
+        print("The run's status could not be written.", file=sys.stderr)
+
+
+def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started: float) -> tuple[Session, Progress]:
+    config = run.config
+    torch.set_num_threads(config.training.threads)
+    device = pick_device(here.device)
+    learner = build_learner(config, make_precision(device, config.training.precision))
+    average = Average(learner.averaged, config.training.average)
+    plan = Plan.open(run.path / "plan.json", config.training)
+    stream = Stream(
+        data,
+        batch=config.training.batch,
+        seed=config.training.seed,
+        flip=config.training.flip,
+        workers=here.workers,
+        device=device,
+    )
+    watch = Watch(run, log, plan, learner, average, data, device, stop)
+    session = Session(run, learner, average, stream, plan, watch, log, stop, device, here.save_every, started)
+    progress = restore(session)
+    if progress.step:
+        session.started = time.monotonic() - progress.elapsed
+        run.forget_metrics_after(progress.step)
+        log(f"Continuing {run.path} from step {progress.step}.")
+    run.write_status("training", step=progress.step, images=progress.images)
+    return session, progress
+
+
+def _train(session: Session, progress: Progress) -> Path:
+    run, log = session.run, session.log
+    try:
+        with session.watch.live:
+            progress = fit(session, progress)
+            files = session.watch.finish(progress)
+    finally:
+        session.stream.close()
+    progress.elapsed = time.monotonic() - session.started
+    report = write_report(run, progress, files)
+    run.write_status("finished", step=progress.step, images=progress.images, seconds=round(progress.elapsed, 1))
+    for file in files:
+        log(f"Wrote {file}")
+    return report

@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM: the first asks the run to save and leave, the second ends it at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Stop:
+    """Whether the run was asked to stop, and by which signal."""
+
+    signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        """True from the first signal on."""
+        return self.signal is not None
+
+
+class Stopped(Exception):
+    """The run saved itself and left, as it was asked to; `signal` says by whom."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+@contextmanager
+def catch_signals() -> Iterator[Stop]:
+    """Within it the first signal is only noted; what handled signals before does so again afterwards."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in CAUGHT}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        stop.signal = number
+        for caught in CAUGHT:
+            signal.signal(caught, signal.SIG_DFL)
+
+    for number in CAUGHT:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,177 @@
+"""What is seen of a run while it trains: one progress line, metrics, previews, the held-out error, its curves."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.live import Live
+from rich.text import Text
+
+from snowmelt.data.prepared import Prepared
+from snowmelt.device import memory_in_use
+from snowmelt.ema import Average
+from snowmelt.evaluation.curves import plot_curves
+from snowmelt.evaluation.levels import held_out_errors
+from snowmelt.models.base import Drawing, Learner
+from snowmelt.pictures import moments_of, save_png, sheet, strip
+from snowmelt.run import Run
+from snowmelt.seeds import noise_source
+from snowmelt.shapes import Images, Labels
+from snowmelt.terminal import Log, size_of, words_of
+from snowmelt.training.plan import Plan
+from snowmelt.training.progress import Progress
+from snowmelt.training.signals import Stop
+
+PREVIEWS = [0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+"""Moments of the horizon at which a preview is drawn; denser at first, when most changes."""
+LINES = 200
+"""Lines of metrics over a run."""
+PREVIEW = Drawing(steps=15)
+FINAL = Drawing(steps=50)
+HELD_OUT = 64
+"""Held-out pictures looked at for each preview; four times as many at the end."""
+QUIET_SECONDS = 10.0
+"""Between progress lines where the output is not a terminal."""
+
+
+@dataclass
+class Watch:
+    """Follows one run."""
+
+    run: Run
+    log: Log
+    plan: Plan
+    learner: Learner
+    average: Average
+    data: Prepared
+    device: torch.device
+    stop: Stop
+    live: Live = field(init=False)
+    losses: list[float] = field(default_factory=list[float])
+    speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=40))
+    said: float = 0.0
+    preview_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.live = Live(Text(""), console=self.log.console, refresh_per_second=4, transient=True)
+
+    def after_update(self, progress: Progress, losses: dict[str, float], rate: float) -> None:
+        """Take note of an update; now and then say so and write a line of metrics."""
+        self.losses.append(losses["loss"])
+        self.speeds.append((time.monotonic(), progress.images))
+        horizon = self.plan.horizon(progress.step)
+        self._say(progress, horizon)
+        if progress.step % max(1, (horizon or LINES * 10) // LINES) == 0 or progress.step == 1:
+            finite = [loss for loss in self.losses if loss == loss and abs(loss) != float("inf")]
+            self.run.append_metrics(
+                {
+                    "step": progress.step,
+                    "images": progress.images,
+                    "loss": sum(finite) / max(1, len(finite)),
+                    "learning_rate": rate,
+                    "images_per_second": round(self.images_per_second(), 2),
+                    "seconds": round(progress.elapsed, 3),
+                    "memory": memory_in_use(self.device),
+                }
+            )
+            self.losses.clear()
+
+    def images_per_second(self) -> float:
+        """Over the last updates."""
+        (begin, before), (end, after) = self.speeds[0], self.speeds[-1]
+        return (after - before) / (end - begin) if end > begin else 0.0
+
+    def _say(self, progress: Progress, horizon: int | None) -> None:
+        now = time.monotonic()
+        terminal = self.log.console.is_terminal
+        if now - self.said < (0.2 if terminal else QUIET_SECONDS):
+            return
+        self.said = now
+        line = self._line(progress, horizon)
+        if terminal:
+            self.live.update(Text(line))
+        else:
+            self.log.console.print(line, markup=False)
+        self.run.write_status("training", step=progress.step, horizon=horizon, images=progress.images)
+
+    def _line(self, progress: Progress, horizon: int | None) -> str:
+        speed = self.images_per_second()
+        if self.run.config.training.seconds is not None:
+            left = words_of(self.run.config.training.seconds - progress.elapsed)
+        else:
+            batch = self.run.config.training.batch
+            left = words_of(((horizon or 0) - progress.step) * batch / speed) if speed else "?"
+        loss = self.losses[-1] if self.losses else float("nan")
+        step = f"step {progress.step}/{horizon}" if horizon else f"step {progress.step}"
+        return (
+            f"{step} · {progress.images:,} images · loss {loss:.4f} · {speed:.0f} images/s · "
+            f"{left} left · {size_of(memory_in_use(self.device))}"
+        )
+
+    def previews_left(self, step: int) -> int:
+        """How many previews are still to come after `step`."""
+        horizon = self.plan.horizon(step)
+        return sum(1 for share in PREVIEWS if horizon is None or round(share * horizon) > step)
+
+    def preview(self, progress: Progress) -> None:
+        """Draw the preview grid from the run's fixed noise and measure the held-out error, with the average weights."""
+        begin = time.monotonic()
+        with self.average.applied():
+            images = self._draw(PREVIEW)
+            if images is None:
+                return
+            path = self.run.folder("previews") / f"{progress.step:09d}.png"
+            save_png(path, sheet(images[-1], self._columns()))
+            self._measure(progress, HELD_OUT)
+        plot_curves(self.run.metrics(), self.run.path / "curves.png")
+        self.preview_seconds = time.monotonic() - begin
+
+    def finish(self, progress: Progress) -> list[Path]:
+        """The final pictures: a grid, and a strip of pictures melting out of noise."""
+        with self.average.applied():
+            moments = self._draw(FINAL)
+            self._measure(progress, 4 * HELD_OUT)
+        plot_curves(self.run.metrics(), self.run.path / "curves.png")
+        if moments is None:
+            return []
+        folder = self.run.folder("samples")
+        rows = range(0, len(moments[-1]), self._columns())
+        return [
+            save_png(folder / "grid.png", sheet(moments[-1], self._columns(), smallest=64)),
+            save_png(folder / "strip.png", strip([moment[list(rows)][:10] for moment in moments], smallest=64)),
+        ]
+
+    def _measure(self, progress: Progress, most: int) -> None:
+        config = self.run.config.training
+        errors = held_out_errors(self.learner, self.data, most=most, seed=config.seed, device=self.device)
+        line = {"step": progress.step, "images": progress.images}
+        self.run.append_metrics(line | {name: round(value, 7) for name, value in errors.items()})
+
+    def _labels(self) -> Labels | None:
+        """One row for each class, ten rows at most; none where there are no classes."""
+        classes = len(self.run.config.data.classes)
+        if not classes:
+            return None
+        return torch.arange(min(classes, 10)).repeat_interleave(self._columns()).to(self.device)
+
+    def _columns(self) -> int:
+        return min(8, 48 // min(len(self.run.config.data.classes), 10)) if self.run.config.data.classes else 6
+
+    def _draw(self, drawing: Drawing) -> list[Images] | None:
+        """The noisy image at ten moments and the picture; None when the run was asked to stop meanwhile."""
+        data, labels = self.run.config.data, self._labels()
+        count = 36 if labels is None else len(labels)
+        shape = (data.channels, data.size, data.size)
+        noise = noise_source([self.run.config.training.seed] * count, range(count), shape, self.device)
+        moments: list[Images] = []
+        for step in self.learner.model.sample(noise, labels, drawing):
+            moments.append(step.x)
+            if self.stop.requested:
+                return None
+            last = step.x0
+        shown = [moments[index] for index in moments_of(len(moments), 10)]
+        return [*shown, last]

@@ -1,0 +1,117 @@
+"""The prepared format: opened as written, and refused with one sentence when anything is amiss."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import zoo
+from snowmelt.data.prepared import HEADER_BYTES, Prepared, is_prepared, npy_header, open_prepared
+from snowmelt.errors import UserError
+from snowmelt.prepare import PrepareOptions, prepare
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Prepared:
+    folder = tmp_path_factory.mktemp("prepared")
+    for number in range(12):
+        place = folder / "x" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(zoo.noise(number, 12)).save(place / f"{number}.png")
+    rows = [json.dumps({"file_name": "a/0.png", "text": "a line\u2028of text"})]
+    (folder / "x" / "metadata.jsonl").write_text("\n".join(rows))
+    return prepare(PrepareOptions(str(folder / "x"), out=folder / "out"), Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    return shutil.copytree(original.path, tmp_path / "copy")
+
+
+def test_what_is_opened(original):
+    assert original.images.shape == (12, 12, 12, 3) and (original.size, original.channels) == (12, 3)
+    assert original.classes == ("a", "b") and original.labels is not None
+    assert original.labels.dtype == np.int64 == original.train.dtype == original.held_out.dtype
+    assert original.captions is not None and original.captions[0] == "a line\u2028of text"
+    assert sorted([*original.train, *original.held_out]) == list(range(12))
+    assert isinstance(original.images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        original.images[0] = 0
+
+
+def test_a_copy_elsewhere_is_the_same_dataset(original, copy):
+    assert open_prepared(copy).fingerprint == original.fingerprint
+
+
+def test_plain_numpy_reads_it(original):
+    np.testing.assert_array_equal(np.load(original.path / "images.npy"), original.images)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 1), (10**9, 1024, 1024, 3), (0, 8, 8, 1)])
+def test_the_header_has_one_length(shape):
+    assert len(npy_header(shape)) == HEADER_BYTES
+
+
+def edit(path, **changes):
+    facts = json.loads((path / "dataset.json").read_text())
+    (path / "dataset.json").write_text(json.dumps(facts | changes))
+
+
+def shorten(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - 7])
+
+
+DAMAGES = {
+    "images cut": lambda path: shorten(path / "images.npy"),
+    "images longer": lambda path: (path / "images.npy").open("ab").write(b"x"),
+    "images gone": lambda path: (path / "images.npy").unlink(),
+    "images empty": lambda path: (path / "images.npy").write_bytes(b""),
+    "images are pickled": lambda path: np.save(path / "images.npy", np.array([{}]), allow_pickle=True),
+    "labels cut": lambda path: shorten(path / "labels.npy"),
+    "labels differ": lambda path: np.save(path / "labels.npy", np.zeros(12, np.int64)),
+    "labels gone": lambda path: (path / "labels.npy").unlink(),
+    "split differs": lambda path: np.save(path / "held_out.npy", np.array([3])),
+    "captions differ": lambda path: (path / "captions.json").write_text("[]"),
+    "captions broken": lambda path: (path / "captions.json").write_text("["),
+    "shape": lambda path: edit(path, shape=[12, 12, 12, 1]),
+    "shape is odd": lambda path: edit(path, shape=[12]),
+    "shape is text": lambda path: edit(path, shape="12"),
+    "settings": lambda path: edit(path, settings={"size": 12}),
+    "classes": lambda path: edit(path, classes=["a", "c"]),
+    "pixels": lambda path: edit(path, pixels="0" * 64),
+    "fingerprint": lambda path: edit(path, fingerprint="0" * 64),
+    "mean is text": lambda path: edit(path, mean="half"),
+    "a key is missing": lambda path: (path / "dataset.json").write_text(
+        json.dumps({"kind": "snowmelt prepared dataset", "format": 1})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_one_sentence(name, copy):
+    DAMAGES[name](copy)
+    with pytest.raises(UserError, match="is damaged") as caught:
+        open_prepared(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_later_format_is_named(copy):
+    edit(copy, format=2)
+    with pytest.raises(UserError, match="later Snowmelt"):
+        open_prepared(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"kind": "other"}'])
+def test_other_folders_are_not_prepared(content, tmp_path):
+    (tmp_path / "dataset.json").write_text(content)
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "dataset.json"):
+        assert not is_prepared(path)
+        with pytest.raises(UserError, match=r"no prepared dataset|does not exist"):
+            open_prepared(path)
