@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snowmelt.data.annotations import find_classes, held_out_count, hold_out, read_captions
-from snowmelt.data.decode import misnamed, recognise
+from snowmelt.data.formats import misnamed, recognise
 from snowmelt.data.source import Unusable, is_litter, list_source, natural, open_reader, printable, tidy_name
 from snowmelt.errors import UserError
 
@@ -77,6 +77,7 @@ def test_any_name_is_printed_as_text(raw):
 
 def test_names():
     assert sorted(["10", "2", "a10", "a9", "1"], key=natural) == ["1", "2", "10", "a9", "a10"]
+    assert natural("007") == natural("7") != natural("8" * 5000)
     assert tidy_name("./a//b/./c") == "a/b/c"
     assert is_litter("__MACOSX/a.png") and is_litter("a/.hidden/b.png") and not is_litter("../a.b/c.png")
     assert misnamed("a/x.png", "JPEG") == "is a JPEG named .png"

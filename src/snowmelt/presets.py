@@ -20,7 +20,7 @@ def network_for(data: DataConfig) -> UNetConfig:
 
 def training_for(data: DataConfig, *, steps: int | None, seconds: float | None) -> TrainingConfig:
     """How to train on pictures of this size."""
-    return TrainingConfig(steps=steps, seconds=seconds, batch=64 if data.size <= 40 else 32)
+    return TrainingConfig(steps=steps, seconds=seconds, batch=128 if data.size <= 16 else 64 if data.size <= 40 else 32)
 
 
 def check_size(data: DataConfig, network: UNetConfig) -> None:

@@ -334,9 +334,15 @@ def printable(name: str) -> str:
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """A sorting key that puts `2` before `10`."""
-    parts = [part for part in re.split(r"([0-9]+)", name) if part]
-    return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts]
+    """A sorting key that puts `2` before `10`, and numbers before words."""
+    return [_rank(part) for part in re.split(r"([0-9]+)", name) if part]
+
+
+def _rank(part: str) -> tuple[bool, int, str]:
+    if part[0] not in "0123456789":
+        return True, 0, part
+    digits = part.lstrip("0")  # compared as text: Python refuses to make a number of thousands of digits
+    return False, len(digits), digits
 
 
 def first_line(error: Exception) -> str:

@@ -27,7 +27,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from snowmelt.data.decode import HEAD_BYTES, Picture, Recipe, decode, recognise, shorter_side
+from snowmelt.data.decode import Picture, Recipe, decode, shorter_side
+from snowmelt.data.formats import HEAD_BYTES, recognise
 from snowmelt.data.source import MAX_FILE_BYTES, Entry, Listing, Read, Unusable, open_reader
 
 try:

@@ -124,7 +124,7 @@ def _train(session: Session, progress: Progress) -> Path:
     try:
         with session.watch.live:
             progress = fit(session, progress)
-            files = session.watch.finish(progress)
+            files = session.watch.finish()
     finally:
         session.stream.close()
     progress.elapsed = time.monotonic() - session.started

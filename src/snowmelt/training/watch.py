@@ -33,7 +33,7 @@ LINES = 200
 PREVIEW = Drawing(steps=15)
 FINAL = Drawing(steps=50)
 HELD_OUT = 64
-"""Held-out pictures looked at for each preview; four times as many at the end."""
+"""Held-out pictures looked at for each preview."""
 QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
 
@@ -88,6 +88,7 @@ class Watch:
     def _say(self, progress: Progress, horizon: int | None) -> None:
         now = time.monotonic()
         terminal = self.log.console.is_terminal
+        self.said = self.said or now - QUIET_SECONDS + 2
         if now - self.said < (0.2 if terminal else QUIET_SECONDS):
             return
         self.said = now
@@ -126,16 +127,14 @@ class Watch:
                 return
             path = self.run.folder("previews") / f"{progress.step:09d}.png"
             save_png(path, sheet(images[-1], self._columns()))
-            self._measure(progress, HELD_OUT)
+            self._measure(progress)
         plot_curves(self.run.metrics(), self.run.path / "curves.png")
         self.preview_seconds = time.monotonic() - begin
 
-    def finish(self, progress: Progress) -> list[Path]:
+    def finish(self) -> list[Path]:
         """The final pictures: a grid, and a strip of pictures melting out of noise."""
         with self.average.applied():
             moments = self._draw(FINAL)
-            self._measure(progress, 4 * HELD_OUT)
-        plot_curves(self.run.metrics(), self.run.path / "curves.png")
         if moments is None:
             return []
         folder = self.run.folder("samples")
@@ -145,9 +144,9 @@ class Watch:
             save_png(folder / "strip.png", strip([moment[list(rows)][:10] for moment in moments], smallest=64)),
         ]
 
-    def _measure(self, progress: Progress, most: int) -> None:
+    def _measure(self, progress: Progress) -> None:
         config = self.run.config.training
-        errors = held_out_errors(self.learner, self.data, most=most, seed=config.seed, device=self.device)
+        errors = held_out_errors(self.learner, self.data, most=HELD_OUT, seed=config.seed, device=self.device)
         line = {"step": progress.step, "images": progress.images}
         self.run.append_metrics(line | {name: round(value, 7) for name, value in errors.items()})
 
@@ -168,10 +167,10 @@ class Watch:
         shape = (data.channels, data.size, data.size)
         noise = noise_source([self.run.config.training.seed] * count, range(count), shape, self.device)
         moments: list[Images] = []
+        last = noise(0)
         for step in self.learner.model.sample(noise, labels, drawing):
             moments.append(step.x)
             if self.stop.requested:
                 return None
             last = step.x0
-        shown = [moments[index] for index in moments_of(len(moments), 10)]
-        return [*shown, last]
+        return [*(moments[index] for index in moments_of(len(moments), 10)), last]
