@@ -15,6 +15,8 @@ from snowmelt.shapes import Images, Pixels
 
 PAPER = 255
 """Grey of the gaps between pictures."""
+TINY = 12
+"""Pictures up to this many pixels wide are smoothed when they are shown larger."""
 
 
 def picture(pixels: Tensor) -> Image.Image:
@@ -32,9 +34,14 @@ def save_png(path: Path, image: Image.Image) -> Path:
 
 
 def enlarged(image: Image.Image, size: int) -> Image.Image:
-    """Small pictures shown larger: every pixel becomes a square, so that what is seen is what was drawn."""
+    """A small picture shown about `size` pixels wide.
+
+    Every pixel becomes a square, so that what is seen is what was drawn; only tiny pictures are smoothed, because in
+    squares that large the eye sees squares instead of the picture.
+    """
     factor = max(1, round(size / max(image.size)))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    how = Image.Resampling.BICUBIC if max(image.size) <= TINY else Image.Resampling.NEAREST
+    return image.resize((image.width * factor, image.height * factor), how)
 
 
 def sheet(images: Images, columns: int, *, smallest: int = 48, gap: int = 2) -> Image.Image:

@@ -6,7 +6,7 @@ import errno
 import shutil
 import time
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 
 import torch
 
@@ -21,7 +21,7 @@ from snowmelt.terminal import Log, size_of
 from snowmelt.training.plan import Plan
 from snowmelt.training.progress import Progress
 from snowmelt.training.signals import Stop, Stopped
-from snowmelt.training.watch import FINAL, PREVIEW, PREVIEWS, Watch
+from snowmelt.training.watch import Watch
 
 BAD_STEPS = 3
 """Updates in a row that may be skipped before the run goes back to its last good state."""
@@ -77,9 +77,8 @@ def fit(session: Session, progress: Progress) -> Progress:
         progress.elapsed = time.monotonic() - session.started
         watch.after_update(progress, update.losses, rate)
         if plan.decides_at(progress.step, progress.elapsed):
-            decide(session, progress, median(durations))
-        if plan.due(progress.step, PREVIEWS):
-            watch.preview(progress)
+            decide(session, progress, fmean(durations))
+        watch.preview_if_due(progress)
         if time.monotonic() - saved >= session.save_every and not progress.in_a_row:
             save(session, progress)
             saved = time.monotonic()
@@ -93,13 +92,12 @@ def decide(session: Session, progress: Progress, per_step: float) -> None:
     if not watch.preview_seconds:
         watch.preview(progress)
         progress.elapsed = time.monotonic() - session.started
-    final = watch.preview_seconds * FINAL.steps / PREVIEW.steps
     plan.decide(
         progress.step,
         elapsed=progress.elapsed,
         per_step=per_step,
-        per_watch=watch.preview_seconds * watch.previews_left(progress.step),
-        ending=final + 2,
+        per_watch=watch.seconds_left(progress.step, (plan.config.seconds or 0) - progress.elapsed),
+        ending=watch.seconds_of_finish(),
     )
 
 

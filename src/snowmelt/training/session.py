@@ -17,6 +17,7 @@ from snowmelt.ema import Average
 from snowmelt.errors import UserError
 from snowmelt.models import build_learner
 from snowmelt.models.base import Learner
+from snowmelt.presets import threads_for
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 from snowmelt.terminal import Log
@@ -39,7 +40,7 @@ class Here:
 
 def choose_precision(config: Config, data: Prepared, device: torch.device, asked: str, log: Log) -> Config:
     """The configuration with the precision and the threads settled: as asked, or as measured on this machine."""
-    threads = available_threads()
+    threads = threads_for(config.data, available_threads())
     torch.set_num_threads(threads)
     if asked != "auto":
         name = make_precision(device, asked).name

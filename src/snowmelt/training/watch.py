@@ -34,6 +34,8 @@ PREVIEW = Drawing(steps=15)
 FINAL = Drawing(steps=50)
 HELD_OUT = 64
 """Held-out pictures looked at for each preview."""
+WATCH_SHARE = 0.1
+"""Of the time of a run that previews may take; the last one is always drawn."""
 QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
 
@@ -55,6 +57,11 @@ class Watch:
     speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=40))
     said: float = 0.0
     preview_seconds: float = 0.0
+    """Of the last preview."""
+    drawing_seconds: float = 0.0
+    """Of drawing its pictures."""
+    spent: float = 0.0
+    """Seconds on previews so far, in this process."""
 
     def __post_init__(self) -> None:
         self.live = Live(Text(""), console=self.log.console, refresh_per_second=4, transient=True)
@@ -113,23 +120,37 @@ class Watch:
             f"{left} left · {size_of(memory_in_use(self.device))}"
         )
 
-    def previews_left(self, step: int) -> int:
-        """How many previews are still to come after `step`."""
+    def seconds_left(self, step: int, seconds: float) -> float:
+        """How long the previews after `step` will take in a run that may still take `seconds`."""
         horizon = self.plan.horizon(step)
-        return sum(1 for share in PREVIEWS if horizon is None or round(share * horizon) > step)
+        left = sum(1 for share in PREVIEWS if horizon is None or round(share * horizon) > step)
+        return min(left * self.preview_seconds, WATCH_SHARE * seconds + self.preview_seconds)
+
+    def seconds_of_finish(self) -> float:
+        """How long the final pictures will take, and a second for the report."""
+        return self.drawing_seconds * FINAL.steps / PREVIEW.steps + 1
+
+    def preview_if_due(self, progress: Progress) -> None:
+        """Draw the preview of this moment, if there is one and earlier ones left time for it."""
+        last = self.plan.finished(progress.step)
+        affordable = self.spent <= WATCH_SHARE * progress.elapsed
+        if self.plan.due(progress.step, PREVIEWS) and (last or affordable):
+            self.preview(progress)
 
     def preview(self, progress: Progress) -> None:
-        """Draw the preview grid from the run's fixed noise and measure the held-out error, with the average weights."""
+        """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
         begin = time.monotonic()
         with self.average.applied():
             images = self._draw(PREVIEW)
             if images is None:
                 return
+            self.drawing_seconds = time.monotonic() - begin
             path = self.run.folder("previews") / f"{progress.step:09d}.png"
             save_png(path, sheet(images[-1], self._columns()))
             self._measure(progress)
         plot_curves(self.run.metrics(), self.run.path / "curves.png")
         self.preview_seconds = time.monotonic() - begin
+        self.spent += self.preview_seconds
 
     def finish(self) -> list[Path]:
         """The final pictures: a grid, and a strip of pictures melting out of noise."""

@@ -1,0 +1,126 @@
+"""The loss: the textbook's in every parameterization, least at the exact denoiser, and able to learn."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import Answer
+from snowmelt.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from snowmelt.data.stream import Batch
+from snowmelt.device import Precision
+from snowmelt.diffusion.denoiser import PREDICTS, Denoiser
+from snowmelt.diffusion.exact import gaussian_denoiser
+from snowmelt.diffusion.loss import WEIGHTS, denoising_loss
+from snowmelt.diffusion.noise import add_noise, alpha_sigma
+from snowmelt.models import build_learner
+from snowmelt.models.base import Drawing
+from snowmelt.seeds import generator, noise_source
+
+RNG = torch.Generator().manual_seed(1)
+LEVELS = torch.linspace(-8, 8, 33, dtype=torch.float64)
+X0, NOISE, ESTIMATE = torch.randn(3, len(LEVELS), 2, 3, 3, generator=RNG, dtype=torch.float64)
+
+
+def loss_of(predicts: str, weight: str) -> Tensor:
+    """The loss of a denoiser that believes `ESTIMATE`, whatever its network has to say for that."""
+    x = add_noise(X0, NOISE, LEVELS)
+    _, c_skip, c_out = Denoiser(Answer(x), predicts).coefficients(LEVELS, x)
+    denoiser = Denoiser(Answer((ESTIMATE - c_skip * x) / c_out), predicts)
+    return denoising_loss(denoiser, X0, LEVELS, NOISE, weight=WEIGHTS[weight])
+
+
+def test_noise_and_constant_is_the_simple_loss_of_ddpm():
+    """Mean |noise - F(x_t, t)|^2, equation 14 of the paper, for a real network."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
+
+        def forward(self, x: Tensor, time: Tensor, cond: None) -> Tensor:
+            return self.conv(x) + time.double()[:, None, None, None] / 999
+
+    denoiser = Denoiser(Network(), "noise")
+    loss = denoising_loss(denoiser, X0, LEVELS, NOISE, weight=WEIGHTS["constant"])
+    said = denoiser.network(add_noise(X0, NOISE, LEVELS), LEVELS)
+    # The target is computed as (x0 - x / alpha) / (-sigma / alpha): float64, magnified by e^4 = 55 at most.
+    torch.testing.assert_close(loss, ((said - NOISE) ** 2).mean(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
+def test_weights_by_snr_do_not_depend_on_the_prediction(predicts):
+    """One estimate of the picture, one loss: SNR or min(SNR, 5) times its squared error."""
+    error, snr = (ESTIMATE - X0) ** 2, LEVELS.exp()[:, None, None, None]
+    # float64; the error is found from differences that cancel by a factor of up to 55.
+    torch.testing.assert_close(loss_of(predicts, "simple"), (snr * error).mean(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(loss_of(predicts, "min_snr"), (snr.clamp(max=5) * error).mean(), rtol=1e-11, atol=0)
+
+
+def test_simple_is_the_error_of_the_noise():
+    alpha, sigma = alpha_sigma(LEVELS, X0)
+    believed = (add_noise(X0, NOISE, LEVELS) - alpha * ESTIMATE) / sigma
+    torch.testing.assert_close(loss_of("v", "simple"), ((believed - NOISE) ** 2).mean(), rtol=1e-11, atol=0)
+
+
+def test_image_and_constant_is_the_error_of_the_picture():
+    torch.testing.assert_close(loss_of("image", "constant"), ((ESTIMATE - X0) ** 2).mean(), rtol=1e-12, atol=0)
+
+
+def test_the_exact_denoiser_has_the_variance_of_the_posterior_as_its_loss():
+    """For Gaussian data E|x0 - E[x0 | x]|^2 = std^2 sigma^2 / (alpha^2 std^2 + sigma^2), which nothing can beat."""
+    count, std = 200_000, 0.5
+    for value in (-3.0, 0.0, 3.0):
+        rng = torch.Generator().manual_seed(int(value))
+        x0 = std * torch.randn(count, 1, 1, 1, generator=rng)
+        noise = torch.randn(count, 1, 1, 1, generator=rng)
+        levels = torch.full((count,), value)
+        exact = gaussian_denoiser(torch.tensor(0.0), torch.tensor(std))(add_noise(x0, noise, levels), levels)
+        loss = denoising_loss(Denoiser(Answer(exact), "image"), x0, levels, noise, weight=WEIGHTS["constant"])
+        alpha, sigma = (float(a) for a in alpha_sigma(torch.tensor(value), x0))
+        least = std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)
+        assert abs(loss - least) < 4 * least * math.sqrt(2 / count), "four standard errors of a variance"
+
+
+def test_eight_pictures_are_learnt_by_heart():
+    """A small network on eight pictures: their noise is predictable, and new draws are those pictures."""
+    pictures = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(2)).round() * 2 - 1
+    config = Config(
+        DataConfig(size=8, channels=1, std=1.0),
+        network=UNetConfig(channels=(32, 32), attention=(False, True)),
+        diffusion=DiffusionConfig(schedule="cosine", predicts="edm"),
+        training=TrainingConfig(),
+    )
+    learner = build_learner(config, Precision(torch.device("cpu")))
+    batch, steps = Batch(pictures.repeat(4, 1, 1, 1), None), 500
+    for step in range(1, steps + 1):
+        rate = 3e-3 * min(1.0, step / 20, 2 * (steps + 1 - step) / steps)
+        assert learner.update(batch, generator(0, "train", step), rate).finite
+    *_, last = learner.model.sample(noise_source([0] * 32, range(32), (1, 8, 8)), None, Drawing(steps=25))
+    distance = torch.cdist(last.x0.flatten(1), pictures.flatten(1)) / 8
+    between = torch.pdist(pictures.flatten(1)).min() / 8
+    # Root mean square per pixel. Pictures differ by more than 1; a draw in a dozen may still lie between two of them.
+    nearest, which = distance.min(1)
+    assert between > 1 and nearest.median() < 0.15 and (nearest < 0.3).float().mean() > 0.8
+    assert len(which.unique()) >= 6, "and not always the same ones"
+
+
+def test_the_loop_in_the_docs_learns():
+    """The reader's own loop: short, and after its few steps its draws are nearer to digits than noise is."""
+    page = (Path(__file__).parent.parent / "docs" / "own-loop.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    space: dict[str, Tensor] = {}
+    exec(code, space)  # noqa: S102 our own page
+    drawn, images = space["pictures"], space["images"]
+    noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+    def distance(x: Tensor) -> Tensor:
+        return torch.cdist(x.flatten(1), images.flatten(1)).min(1).values.mean()
+
+    assert distance(drawn) < 0.6 * distance(noise)

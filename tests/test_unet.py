@@ -1,0 +1,129 @@
+"""The U-Net: weight for weight the one of `diffusers`, calm at the start, and every weight of it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch.nn import functional as F
+
+from conftest import stirred
+from snowmelt.config import UNetConfig
+from snowmelt.errors import UserError
+from snowmelt.networks.layers import attend, sinusoids
+from snowmelt.networks.unet import UNet
+
+SMALL = UNetConfig(channels=(8, 16), attention=(False, True), head_channels=8)
+
+
+def draws(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def of_diffusers(config: UNetConfig, channels: int, classes: int) -> UNet2DModel:
+    downs = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention]
+    ups = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
+    return UNet2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=config.channels,
+        layers_per_block=config.blocks,
+        down_block_types=tuple(downs),
+        up_block_types=tuple(ups),
+        norm_num_groups=config.groups,
+        attn_norm_num_groups=config.groups,
+        attention_head_dim=config.head_channels,
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=classes + 1 if classes else None,
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "channels", "classes", "size"),
+    [
+        (UNetConfig(), 3, 0, 16),
+        (UNetConfig(channels=(64, 128), attention=(False, True)), 1, 10, 8),
+        (UNetConfig(channels=(16, 32, 48), attention=(True, False, True), blocks=2, head_channels=16), 3, 4, 16),
+        (UNetConfig(channels=(32,), attention=(True,), blocks=3, groups=4, head_channels=8), 2, 0, 4),
+    ],
+    ids=["default", "digits", "two blocks", "one size"],
+)
+def test_the_same_weights_give_the_answer_of_diffusers(config, channels, classes, size):
+    ours = stirred(UNet(config, channels=channels, classes=classes))
+    theirs = of_diffusers(config, channels, classes)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x, time = draws(3, channels, size, size), torch.tensor([0.0, 421.0, 999.0])
+    labels = torch.tensor([0, classes - 1, classes]) if classes else None
+    with torch.inference_mode():
+        answer, reference = ours(x, time, labels), theirs(x, time, labels).sample
+    # float32 through some thirty layers, each rounding by 6e-8.
+    assert (answer - reference).abs().max() < 1e-5 * reference.abs().max()
+
+
+def test_a_fraction_of_a_step_is_told_like_a_whole_one():
+    """Sinusoids turn by their frequency for every unit of time: cos^2 + sin^2 = 1 and the addition theorem."""
+    width = 16
+    cos, sin = sinusoids(torch.tensor([12.0, 0.3, 12.3]), width).chunk(2, dim=1)
+    # float32 angles of up to 12 are rounded by 1e-6.
+    torch.testing.assert_close(cos**2 + sin**2, torch.ones(3, width // 2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(cos[2], cos[0] * cos[1] - sin[0] * sin[1], rtol=0, atol=3e-6)
+
+
+def test_a_fresh_network_says_the_same_whatever_it_sees():
+    """It begins as a constant, so that the first gradients are those of the data's mean and not of chance weights."""
+    network = UNet(SMALL, channels=2, classes=3).eval()
+    answer = network(draws(4, 2, 8, 8), torch.tensor([0.0, 10.0, 500.0, 999.0]), torch.tensor([0, 1, 2, 3]))
+    assert torch.equal(answer, answer[:1, :, :1, :1].expand_as(answer))
+
+
+def test_every_weight_learns():
+    """Parts that begin at zero pass no gradient back: after three updates there is one everywhere."""
+    network = UNet(SMALL, channels=2, classes=3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    x, time, labels = draws(4, 2, 8, 8), torch.tensor([0.0, 10.0, 500.0, 999.0]), torch.tensor([0, 1, 2, 3])
+    for _ in range(4):
+        optimizer.zero_grad()
+        (network(x, time, labels) - draws(4, 2, 8, 8, seed=1)).square().mean().backward()
+        optimizer.step()
+    still = [name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()]
+    # A bias on all keys adds the same to every score of a query, which softmax ignores: it learns nothing, in theory.
+    assert [name for name in still if not name.endswith("to_k.bias")] == []
+
+
+def test_no_label_is_the_label_for_none():
+    network = stirred(UNet(SMALL, channels=1, classes=5))
+    x, time = draws(3, 1, 8, 8), torch.tensor([1.0, 2.0, 3.0])
+    none = network(x, time, torch.full((3,), 5))
+    assert torch.equal(network(x, time, None), none)
+    assert not torch.allclose(network(x, time, torch.zeros(3, dtype=torch.long)), none, atol=1e-3)
+
+
+def test_patches_are_channels():
+    """With patch 2 it is the network of patch 1 on an image of half the size and four times the channels."""
+    patched = stirred(UNet(UNetConfig((8, 16), (False, True), patch=2, head_channels=8), channels=3, classes=0))
+    plain = UNet(SMALL, channels=12, classes=0).eval()
+    plain.load_state_dict(patched.state_dict())
+    x, time = draws(2, 3, 16, 16), torch.tensor([5.0, 500.0])
+    answer = patched(x, time)
+    assert answer.shape == x.shape
+    assert torch.equal(F.pixel_unshuffle(answer, 2), plain(F.pixel_unshuffle(x, 2), time))
+
+
+@pytest.mark.parametrize("places", [1, 49, 196, 197])
+def test_attention_is_that_of_torch(places):
+    """On both sides of the size at which the fused kernel takes over."""
+    q, k, v = draws(3, 2, 4, places, 16)
+    # float32; a weighted mean of values of order 1.
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=0, atol=2e-6)
+
+
+def test_attention_ignores_a_shift_of_all_keys():
+    q, k, v = draws(3, 1, 2, 9, 8).double()
+    torch.testing.assert_close(attend(q, k + draws(8).double(), v), attend(q, k, v), rtol=0, atol=1e-13)
+
+
+def test_a_network_that_cannot_be_is_refused_in_one_sentence():
+    with pytest.raises(UserError, match="one for each size"):
+        UNetConfig(channels=(32, 64), attention=(True,))
+    with pytest.raises(UserError, match="multiples of network.groups 8"):
+        UNetConfig(channels=(32, 36), attention=(False, True))
