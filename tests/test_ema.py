@@ -65,7 +65,7 @@ def test_the_power_solves_its_equation(sigma_rel):
 
 @pytest.mark.parametrize("sigma_rel", [0.0, 0.28, 1.0, -0.1])
 def test_a_width_that_cannot_be_is_refused(sigma_rel):
-    with pytest.raises(UserError, match="between 0 and 0.28"):
+    with pytest.raises(UserError, match="between 0 and 0\\.28"):
         power_of(sigma_rel)
 
 
@@ -91,8 +91,8 @@ def test_applied_gives_the_own_weights_back_bit_for_bit():
 
 def test_state_and_load_are_inverse():
     values = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
-    module = Weights(0, 0, 0)
-    one, other = Average(module, 0.1), Average(Weights(9, 9, 9), 0.1)
+    module = Weights(0.0, 0.0, 0.0)
+    one, other = Average(module, 0.1), Average(Weights(9.0, 9.0, 9.0), 0.1)
     for step, row in enumerate(values, 1):
         with torch.no_grad():
             module.values.copy_(row)

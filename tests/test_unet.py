@@ -125,5 +125,5 @@ def test_attention_ignores_a_shift_of_all_keys():
 def test_a_network_that_cannot_be_is_refused_in_one_sentence():
     with pytest.raises(UserError, match="one for each size"):
         UNetConfig(channels=(32, 64), attention=(True,))
-    with pytest.raises(UserError, match="multiples of network.groups 8"):
+    with pytest.raises(UserError, match="multiples of network\\.groups 8"):
         UNetConfig(channels=(32, 36), attention=(False, True))

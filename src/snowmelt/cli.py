@@ -27,7 +27,7 @@ first steps:
 
 
 def main() -> None:
-    """Run the command line of this process and exit: 0 done, 2 a mistake that one sentence explains."""
+    """Run the command line of this process and exit: 0 done, 2 a mistake that one sentence explains, 128 + n signal n."""
     if hasattr(os, "EX_OK"):
         # A closed pipe (`| head`) ends the program quietly, as it does others.
         import signal
@@ -48,13 +48,16 @@ def run(arguments: list[str]) -> int:
         print(f"snowmelt {__version__}")
         return 0
     _calm_threads()
-    from snowmelt.errors import UserError
+    from snowmelt.errors import Stopped, UserError
 
     try:
         return _call(arguments[0], arguments[1:])
     except UserError as error:
         print(f"snowmelt: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("snowmelt: interrupted", file=sys.stderr)
         return 130

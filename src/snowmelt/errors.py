@@ -1,4 +1,4 @@
-"""The one exception class for a person's mistakes, and the lookup that names the nearest choice."""
+"""The exception for a person's mistakes, the one for a person's Ctrl-C, and the lookup that names the nearest choice."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ class UserError(Exception):
 
     The command line prints the sentence and leaves with exit code 2; nothing has been written or damaged.
     """
+
+
+class Stopped(Exception):
+    """A signal ended the work after everything was saved; the message says how to go on."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

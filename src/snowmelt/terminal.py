@@ -40,9 +40,9 @@ def words_of(seconds: float) -> str:
     return f"{minutes}:{whole % 60:02d}" if minutes else f"{whole} s"
 
 
-def size_of(count: float) -> str:
+def size_of(count: int) -> str:
     """Bytes in the unit that fits: 512 MB."""
-    power = min(3, max(0, (int(count).bit_length() - 1) // 10))
+    power = min(3, max(0, (count.bit_length() - 1) // 10))
     return f"{count / 1024**power:.0f} {('bytes', 'KB', 'MB', 'GB')[power]}"
 
 

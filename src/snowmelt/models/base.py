@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Update(NamedTuple):
     """False when a loss or gradient was not finite; the weights were then left as they were."""
 
 
+@runtime_checkable
 class Learner(Protocol):
     """Improves a model by batches."""
 

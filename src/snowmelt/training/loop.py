@@ -13,14 +13,14 @@ import torch
 from snowmelt import checkpoint
 from snowmelt.data.stream import Stream
 from snowmelt.ema import Average
-from snowmelt.errors import UserError
+from snowmelt.errors import Stopped, UserError
 from snowmelt.models.base import Learner
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 from snowmelt.terminal import Log, size_of
 from snowmelt.training.plan import Plan
 from snowmelt.training.progress import Progress
-from snowmelt.training.signals import Stop, Stopped
+from snowmelt.training.signals import Stop
 from snowmelt.training.watch import Watch
 
 BAD_STEPS = 3
@@ -60,7 +60,7 @@ def fit(session: Session, progress: Progress) -> Progress:
     while not plan.finished(progress.step):
         if session.stop.requested:
             save(session, progress)
-            raise Stopped(f"Saved step {progress.step}.", session.stop.signal or 0)
+            raise stopped(session, progress)
         begin = time.monotonic()
         batch = session.stream.at(progress.step)
         progress.step += 1
@@ -84,6 +84,13 @@ def fit(session: Session, progress: Progress) -> Progress:
             saved = time.monotonic()
     save(session, progress)
     return progress
+
+
+def stopped(session: Session, progress: Progress) -> Stopped:
+    """What is said when a signal ended the work."""
+    path = session.run.path
+    message = f"Saved step {progress.step}; continue with: snowmelt train --resume {path}"
+    return Stopped(message, session.stop.signal or 0)
 
 
 def decide(session: Session, progress: Progress, per_step: float) -> None:

@@ -14,18 +14,18 @@ from snowmelt.data.prepared import Prepared, open_prepared
 from snowmelt.data.stream import Stream
 from snowmelt.device import Precision, available_threads, faster_precision, make_precision, pick_device
 from snowmelt.ema import Average
-from snowmelt.errors import UserError
+from snowmelt.errors import Stopped, UserError
 from snowmelt.models import build_learner
 from snowmelt.models.base import Learner
 from snowmelt.presets import threads_for
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 from snowmelt.terminal import Log
-from snowmelt.training.loop import Session, fit, restore
+from snowmelt.training.loop import Session, fit, restore, stopped
 from snowmelt.training.plan import Plan
 from snowmelt.training.progress import Progress
 from snowmelt.training.report import write_report
-from snowmelt.training.signals import Stop, Stopped, catch_signals
+from snowmelt.training.signals import Stop, catch_signals
 from snowmelt.training.watch import Watch
 
 
@@ -126,6 +126,8 @@ def _train(session: Session, progress: Progress) -> Path:
         with session.watch.live:
             progress = fit(session, progress)
             files = session.watch.finish()
+            if session.stop.requested:
+                raise stopped(session, progress)
     finally:
         session.stream.close()
     progress.elapsed = time.monotonic() - session.started

@@ -24,14 +24,6 @@ class Stop:
         return self.signal is not None
 
 
-class Stopped(Exception):
-    """The run saved itself and left, as it was asked to; `signal` says by whom."""
-
-    def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message)
-        self.signal = signal
-
-
 @contextmanager
 def catch_signals() -> Iterator[Stop]:
     """Within it the first signal is only noted; what handled signals before does so again afterwards."""

@@ -1,0 +1,118 @@
+"""Resuming is exact: interrupted in whatever way, a run ends with the bytes of one that never was."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from snowmelt import checkpoint
+from snowmelt.cli import run as cli
+from snowmelt.run import Run
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import kill_resume
+
+pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
+
+
+def train(out: Path, *more: str) -> int:
+    return cli(["train", "builtin:digits", "--out", str(out), "--steps", "40", *more])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, monkeypatch, precision):
+    train(tmp_path / "whole", "--precision", precision)
+    from snowmelt.training import loop
+
+    honest, calls = loop.generator, {"train": 0}
+
+    def interrupting(seed, purpose, *counters, **where):
+        calls["train"] += purpose == "train"
+        if calls["train"] == 23:
+            signal.raise_signal(signal.SIGINT)
+            calls["train"] += 1
+        return honest(seed, purpose, *counters, **where)
+
+    monkeypatch.setattr(loop, "generator", interrupting)
+    assert train(tmp_path / "parts", "--precision", precision) == 128 + signal.SIGINT
+    assert checkpoint.steps_saved(Run.open(tmp_path / "parts").checkpoints)[-1] == 23
+    assert train(tmp_path / "parts", "--precision", precision, "--workers", "3") == 0
+    assert kill_resume.fingerprint(tmp_path / "whole") == kill_resume.fingerprint(tmp_path / "parts")
+    whole, parts = (Run.open(tmp_path / name).metrics() for name in ("whole", "parts"))
+    assert [line["step"] for line in whole] == [line["step"] for line in parts], "no line is lost or written twice"
+
+
+def test_killed_again_and_again(capsys):
+    options = kill_resume.Options(kills=4, while_saving=2, steps=60, precision="fp32", save_every=0.05)
+    assert kill_resume.main(options) == 0, capsys.readouterr().out
+
+
+def test_sigterm_saves_and_leaves_with_the_line_that_continues(tmp_path):
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "snowmelt", "train", "builtin:digits", "--out", out, "--steps", "100000"]
+    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=30)[1]
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"snowmelt train --resume {out}" in said.splitlines()[-1] and "Traceback" not in said
+    assert Run.open(out).status()["state"] == "stopped"
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "altered":
+        data[-5] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path_factory, finished, how, name, capsys):
+    import shutil
+
+    if how == "altered" and name == "state.json":
+        pytest.skip("a changed digit of its JSON is no damage that can be told from a number")
+    out = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(finished, out)
+    run = Run.open(out)
+    run.write_status("stopped")
+    newest = run.newest_checkpoint()
+    damage(newest / name, how)
+    assert cli(["train", "--resume", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and name in said and f"delete the folder {newest}" in said
+    shutil.rmtree(newest)
+    assert cli(["train", "--resume", str(out)]) == 0, "the checkpoint before it still works"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert cli(["train", "builtin:digits", "--out", str(out), "--steps", "3", "--save-every", "0"]) == 0
+    return out
+
+
+def test_a_later_version_is_refused(tmp_path, finished, capsys):
+    import json
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    path = Run.open(tmp_path / "run").newest_checkpoint() / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99, "version": "9.0"}))
+    assert cli(["sample", str(tmp_path / "run")]) == 2
+    assert "later Snowmelt (9.0); upgrade" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["run"]

@@ -1,0 +1,175 @@
+"""A run trains, its files tell its story, faults are survived, and time is kept."""
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from snowmelt import checkpoint
+from snowmelt.cli import run as cli
+from snowmelt.errors import UserError
+from snowmelt.models.diffusion import DiffusionLearner
+from snowmelt.run import Run
+from snowmelt.train import TrainOptions, train
+
+QUICK = ("--precision", "fp32", "--config")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Settings of a network small enough for tests."""
+    path = tmp_path / "small.toml"
+    path.write_text('[network]\nchannels = [16, 16]\nattention = [false, false]\n[training]\nbatch = 16\n')
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Forty colour pictures in two classes: bright above, or bright below."""
+    chance = np.random.default_rng(0)
+    for label, rows in (("above", slice(0, 8)), ("below", slice(8, 16))):
+        folder = tmp_path / "pictures" / label
+        folder.mkdir(parents=True)
+        for number in range(20):
+            pixels = chance.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+            pixels[rows] += 180
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+def start(source: Path, out: Path, small: Path, *more: str) -> int:
+    return cli(["train", str(source), "--out", str(out), *QUICK, str(small), *more])
+
+
+def test_a_run_tells_its_story(pictures, small, tmp_path):
+    out = tmp_path / "run"
+    assert start(pictures, out, small, "--steps", "30") == 0
+    run = Run.open(out)
+    assert run.status()["state"] == "finished" and run.status()["step"] == 30
+    assert run.config.data.classes == ("above", "below") and run.config.data.channels == 3
+    assert checkpoint.steps_saved(run.checkpoints)[-1] == 30
+    lines = run.metrics()
+    assert lines[-1]["images"] == 30 * 16
+    assert any("held_out_loss" in line for line in lines) and any("error at log-SNR +0" in line for line in lines)
+    for name in ("curves.png", "samples/grid.png", "samples/strip.png", "previews/000000030.png"):
+        Image.open(out / name).verify()
+    assert "Held-out loss" in (out / "report.md").read_text()
+    assert "Precision" not in (out / "log.txt").read_text(), "an asked-for precision is not measured"
+
+
+def test_the_held_out_error_falls(pictures, small, tmp_path):
+    start(pictures, tmp_path / "run", small, "--steps", "120")
+    losses = [line["held_out_loss"] for line in Run.open(tmp_path / "run").metrics() if "held_out_loss" in line]
+    # The untrained edm row already explains the variance: its loss is 1. Two flat classes are learnt within 100 steps.
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_non_finite_steps_are_skipped_then_rolled_back(pictures, small, tmp_path, monkeypatch):
+    honest = DiffusionLearner.update
+    poisoned = {5, 12, 13, 14}
+    calls = {"step": 0}
+
+    def update(self, batch, rng, learning_rate):
+        calls["step"] += 1
+        if calls["step"] in poisoned:
+            batch = batch._replace(images=batch.images * math.nan)
+        return honest(self, batch, rng, learning_rate)
+
+    monkeypatch.setattr(DiffusionLearner, "update", update)
+    out = tmp_path / "run"
+    assert start(pictures, out, small, "--steps", "20", "--save-every", "0") == 0
+    state = checkpoint.read_state(Run.open(out).newest_checkpoint())
+    assert state["step"] == 20 and state["skipped"] == 4
+    assert state["rollbacks"] == 1 and state["rate_scale"] == 0.5
+    log = (out / "log.txt").read_text()
+    assert "Step 5 was skipped" in log and "back to step 11" in log
+    for name in ("weights", "average"):
+        for tensor in checkpoint.load(Run.open(out).newest_checkpoint(), name).values():
+            assert torch.isfinite(tensor).all()
+
+
+def test_a_run_that_never_recovers_says_so(pictures, small, tmp_path, monkeypatch, capsys):
+    honest = DiffusionLearner.update
+
+    def update(self, batch, rng, learning_rate):
+        return honest(self, batch._replace(images=batch.images * math.nan), rng, learning_rate)
+
+    monkeypatch.setattr(DiffusionLearner, "update", update)
+    assert start(pictures, tmp_path / "run", small, "--steps", "20") == 2
+    assert "lower --learning-rate" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(pictures, small, tmp_path, monkeypatch, capsys):
+    honest = checkpoint.write_synced
+    written = {"count": 0}
+
+    def write(path, data):
+        written["count"] += 1
+        if written["count"] > 9:
+            path.write_bytes(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_synced", write)
+    out = tmp_path / "run"
+    assert start(pictures, out, small, "--steps", "20", "--save-every", "0") == 2
+    said = capsys.readouterr().err
+    assert "The disk is full: a checkpoint needs" in said and f"--resume {out}" in said
+    monkeypatch.undo()
+    run = Run.open(out)
+    assert checkpoint.steps_saved(run.checkpoints) == [0, 1], "each of 4 files: 0 and 1 whole, 2 not"
+    assert not list(run.checkpoints.glob(".writing-*"))
+    assert cli(["train", "--resume", str(out)]) == 0
+    assert Run.open(out).status()["state"] == "finished"
+
+
+def test_the_second_trainer_is_refused_and_told_of_the_first(pictures, small, tmp_path):
+    out = tmp_path / "run"
+    start(pictures, out, small, "--steps", "2")
+    run = Run.open(out)
+    run.write_status("training")
+    with run.lock(), pytest.raises(UserError, match=rf"trained by process {__import__('os').getpid()} on "):
+        train(TrainOptions(resume=out))
+
+
+def test_the_same_command_continues_and_another_one_does_not(pictures, small, tmp_path, capsys):
+    out = tmp_path / "run"
+    start(pictures, out, small, "--steps", "4")
+    before = (out / "config.toml").read_bytes()
+    assert start(pictures, out, small, "--steps", "4", "--workers", "0") == 0
+    assert "finished" in capsys.readouterr().err
+    assert start(pictures, out, small, "--steps", "5") == 2
+    assert "--steps" in capsys.readouterr().err
+    assert (out / "config.toml").read_bytes() == before
+
+
+def test_time_is_kept(pictures, small, tmp_path):
+    import time
+
+    begin = time.monotonic()
+    assert start(pictures, tmp_path / "run", small, "--for", "30s") == 0
+    taken = time.monotonic() - begin
+    # 5 % of 30 s is 1.5 s; the lower bound is looser because a shared machine may suddenly become faster at the end.
+    assert 25 < taken < 31.5
+    decisions = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert decisions[0][0] < 0.2 * decisions[-1][1], "the horizon is fixed early"
+
+
+def test_bf16_is_active_when_asked_for(pictures, small, tmp_path):
+    from snowmelt.device import Precision
+    from snowmelt.models import build_learner
+
+    start(pictures, tmp_path / "run", small, "--steps", "1")
+    config = Run.open(tmp_path / "run").config
+    precision = Precision(torch.device("cpu"), "bf16")
+    learner = build_learner(config, precision)
+    denoise = learner.model.bind(None)
+    images = torch.zeros(1, 3, 16, 16)
+    precision.assert_active(learner.model, lambda: denoise(images, torch.tensor(0.0)))
+    with pytest.raises(AssertionError, match="bf16 was asked for"):
+        precision.assert_active(learner.model, lambda: learner.model.denoiser(images, torch.tensor(0.0)))
