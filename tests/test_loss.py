@@ -97,30 +97,30 @@ def test_eight_pictures_are_learnt_by_heart():
         training=TrainingConfig(),
     )
     learner = build_learner(config, Precision(torch.device("cpu")))
-    batch, steps = Batch(pictures.repeat(4, 1, 1, 1), None), 500
+    batch, steps = Batch(pictures.repeat(4, 1, 1, 1), None), 300
     for step in range(1, steps + 1):
-        rate = 3e-3 * min(1.0, step / 20, 2 * (steps + 1 - step) / steps)
+        rate = 4e-3 * min(1.0, step / 20, 2 * (steps + 1 - step) / steps)
         assert learner.update(batch, generator(0, "train", step), rate).finite
     *_, last = learner.model.sample(noise_source([0] * 32, range(32), (1, 8, 8)), None, Drawing(steps=25))
-    distance = torch.cdist(last.x0.flatten(1), pictures.flatten(1)) / 8
-    between = torch.pdist(pictures.flatten(1)).min() / 8
-    # Root mean square per pixel. Pictures differ by more than 1; a draw in a dozen may still lie between two of them.
-    nearest, which = distance.min(1)
-    assert between > 1 and nearest.median() < 0.15 and (nearest < 0.3).float().mean() > 0.8
-    assert len(which.unique()) >= 6, "and not always the same ones"
+    nearest, which = (torch.cdist(last.x0.flatten(1), pictures.flatten(1)) / 8).min(1)
+    # Root mean squares per pixel. The pictures are more than 1 apart; so short a training leaves 0.15 to 0.2 in the
+    # middle, and a draw in a dozen that has not settled between two of them.
+    assert torch.pdist(pictures.flatten(1)).min() / 8 > 1
+    assert nearest.median() < 0.3 and (nearest < 0.5).float().mean() > 0.8
+    assert len(which.unique()) >= 4, "and not one picture only"
 
 
 def test_the_loop_in_the_docs_learns():
-    """The reader's own loop: short, and after its few steps its draws are nearer to digits than noise is."""
+    """The reader's own loop: short, and what it draws after its few steps is on the way from noise to digits."""
     page = (Path(__file__).parent.parent / "docs" / "own-loop.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    assert len([line for line in code.splitlines() if line.strip()]) <= 18
+    torch.manual_seed(0)
     space: dict[str, Tensor] = {}
     exec(code, space)  # noqa: S102 our own page
-    drawn, images = space["pictures"], space["images"]
+    drawn, images = space["pictures"].flatten(1), space["images"].flatten(1)
     noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-
-    def distance(x: Tensor) -> Tensor:
-        return torch.cdist(x.flatten(1), images.flatten(1)).min(1).values.mean()
-
-    assert distance(drawn) < 0.6 * distance(noise)
+    # 80 steps halve the distance to the nearest digit; and no two draws are the same grey average of all digits.
+    nearest, of_noise = (torch.cdist(x, images).min(1).values.mean() for x in (drawn, noise))
+    assert nearest < 0.65 * of_noise
+    assert torch.pdist(drawn).mean() > 0.5 * torch.pdist(images[:100]).mean()

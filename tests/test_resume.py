@@ -42,8 +42,10 @@ def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, monkeypatch, precision):
     assert checkpoint.steps_saved(Run.open(tmp_path / "parts").checkpoints)[-1] == 23
     assert train(tmp_path / "parts", "--precision", precision, "--workers", "3") == 0
     assert kill_resume.fingerprint(tmp_path / "whole") == kill_resume.fingerprint(tmp_path / "parts")
-    whole, parts = (Run.open(tmp_path / name).metrics() for name in ("whole", "parts"))
-    assert [line["step"] for line in whole] == [line["step"] for line in parts], "no line is lost or written twice"
+    lines = [Run.open(tmp_path / name).metrics() for name in ("whole", "parts")]
+    # Previews are drawn as time allows, so only the lines of updates must agree.
+    whole, parts = ([line["step"] for line in of if "loss" in line] for of in lines)
+    assert whole == parts, "no line is lost or written twice"
 
 
 def test_killed_again_and_again(capsys):
@@ -84,8 +86,6 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path_factory, finished, how, name, capsys):
     import shutil
 
-    if how == "altered" and name == "state.json":
-        pytest.skip("a changed digit of its JSON is no damage that can be told from a number")
     out = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(finished, out)
     run = Run.open(out)

@@ -24,7 +24,7 @@ QUICK = ("--precision", "fp32", "--config")
 def small(tmp_path: Path) -> Path:
     """Settings of a network small enough for tests."""
     path = tmp_path / "small.toml"
-    path.write_text('[network]\nchannels = [16, 16]\nattention = [false, false]\n[training]\nbatch = 16\n')
+    path.write_text("[network]\nchannels = [16, 16]\nattention = [false, false]\n[training]\nbatch = 16\n")
     return path
 
 

@@ -79,8 +79,14 @@ def _write(folder: Path, groups: Groups, state: Mapping[str, Any]) -> None:
         hashes[name] = hashlib.sha256(data).hexdigest()
         write_synced(folder / f"{name}.safetensors", data)
     about = {"format": FORMAT, "version": __version__, **state, "sha256": hashes}
-    write_synced(folder / "state.json", json.dumps(about, indent=1).encode())
+    write_synced(folder / "state.json", json.dumps({**about, "self": _self_hash(about)}, indent=1).encode())
     sync_directory(folder)
+
+
+def _self_hash(about: Mapping[str, Any]) -> str:
+    """Of everything in a state.json but this hash."""
+    rest = {key: value for key, value in about.items() if key != "self"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -98,8 +104,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         later = state["format"] > FORMAT
-        if not isinstance(state["step"], int) or not isinstance(state["sha256"], dict):
-            raise TypeError("step or sha256")
+        if not later and state["self"] != _self_hash(state):
+            raise ValueError("altered")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, "state.json") from error
     if later:

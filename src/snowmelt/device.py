@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import nn
@@ -82,8 +81,8 @@ def faster_precision(
 ) -> tuple[str, float]:
     """The precision in which `step` is faster, and how many times faster bf16 ran than fp32.
 
-    Both run in turn, after one warm-up each, for about `seconds`; medians are compared, and bf16 must win by `gain`
-    so that noise does not decide.
+    Both run in turn, after one warm-up each, for about `seconds`. Their best times are compared, since other
+    processes can only make a time worse, and bf16 must win by `gain` so that noise does not decide.
     """
     times: dict[str, list[float]] = {name: [] for name in DTYPES}
     for name in DTYPES:
@@ -96,7 +95,7 @@ def faster_precision(
             step(Precision(device, name))
             synchronize(device)
             taken.append(time.perf_counter() - start)
-    ratio = median(times["fp32"]) / median(times["bf16"])
+    ratio = min(times["fp32"]) / min(times["bf16"])
     return ("bf16" if ratio >= gain else "fp32"), ratio
 
 

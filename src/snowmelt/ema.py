@@ -9,7 +9,7 @@ from the wanted relative width sigma_rel: (gamma + 1) = sigma_rel^2 (gamma + 2)^
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from snowmelt.errors import UserError
+
+# torch's fused operations over lists of tensors are its documented building blocks, but bear private names.
+_lerp = torch._foreach_lerp_  # pyright: ignore
+_copy = torch._foreach_copy_  # pyright: ignore
 
 
 def power_of(sigma_rel: float) -> float:
@@ -44,17 +48,17 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after update number `step` (1 for the first)."""
         beta = (1 - 1 / step) ** self.exponent
-        torch._foreach_lerp_(self.tensors, self.weights, 1 - beta)
+        _lerp(self.tensors, self.weights, 1 - beta)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None]:
         """Within it the module has its average weights; after it, its own again, bit for bit."""
         own = [weight.clone() for weight in self.weights]
-        torch._foreach_copy_(self.weights, self.tensors)
+        _copy(self.weights, self.tensors)
         try:
             yield
         finally:
-            torch._foreach_copy_(self.weights, own)
+            _copy(self.weights, own)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by the weights' names; what the module would load."""

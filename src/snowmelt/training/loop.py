@@ -56,7 +56,7 @@ def fit(session: Session, progress: Progress) -> Progress:
     """
     plan, watch, seed = session.plan, session.watch, session.run.config.training.seed
     save(session, progress)
-    saved, durations = time.monotonic(), list[float]()
+    saved, durations, trained = time.monotonic(), list[float](), 0.0
     while not plan.finished(progress.step):
         if session.stop.requested:
             save(session, progress)
@@ -74,9 +74,10 @@ def fit(session: Session, progress: Progress) -> Progress:
         else:
             progress = skipped(session, progress)
         durations = [*durations[-99:], time.monotonic() - begin]
+        trained += durations[-1]
         progress.elapsed = time.monotonic() - session.started
         watch.after_update(progress, update.losses, rate)
-        if plan.decides_at(progress.step, progress.elapsed):
+        if plan.decides_at(progress.step, trained):
             decide(session, progress, fmean(durations))
         watch.preview_if_due(progress)
         if time.monotonic() - saved >= session.save_every and not progress.in_a_row:

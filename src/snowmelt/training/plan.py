@@ -20,8 +20,8 @@ AIM = 0.985
 """A run by time aims at this share of it, so that small surprises still fit."""
 TOLERANCE = 0.02
 """The horizon moves when the run would end this share of the time away from the aim."""
-MEASURE = 0.06
-"""Share of the time after which the horizon is fixed."""
+MEASURE = 0.04
+"""Share of the time that is trained before the horizon is fixed."""
 LOOKS = 16
 """How often, over the run, the horizon is looked at again."""
 
@@ -70,12 +70,12 @@ class Plan:
             return False
         return any(round(fraction * horizon) == step for fraction in fractions)
 
-    def decides_at(self, step: int, elapsed: float) -> bool:
-        """Whether a run by time should now fix its horizon, or look at it again."""
+    def decides_at(self, step: int, trained: float) -> bool:
+        """Whether a run by time, having trained for `trained` seconds, should now fix its horizon or look again."""
         if self.config.seconds is None or any(decided >= step for decided, _ in self.decisions):
             return False
         if not self.decisions:
-            return step >= 5 and elapsed >= MEASURE * self.config.seconds
+            return step >= 3 and trained >= MEASURE * self.config.seconds
         first, horizon = self.decisions[0]
         stride = max(1, (horizon - first) // LOOKS)
         return (step - first) % stride == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -25,7 +25,7 @@ class Stop:
 
 
 @contextmanager
-def catch_signals() -> Iterator[Stop]:
+def catch_signals() -> Generator[Stop]:
     """Within it the first signal is only noted; what handled signals before does so again afterwards."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

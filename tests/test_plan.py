@@ -1,0 +1,125 @@
+"""The plan: the learning rate's shape, and a run by time that ends in time on simulated machines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from snowmelt.config import TrainingConfig
+from snowmelt.training.plan import LOOKS, Plan
+
+RATE = 1e-3
+SECONDS = 600.0
+ENDING = 4.0
+"""Seconds the simulated run needs for its final pictures."""
+
+Machine = Callable[[float], float]
+"""Seconds a step takes, by the share of the time that has passed."""
+
+
+def by_steps(tmp_path: Path, steps: int) -> Plan:
+    return Plan.open(tmp_path / "plan.json", TrainingConfig(steps=steps, learning_rate=RATE))
+
+
+@dataclass
+class Ended:
+    """What became of a simulated run."""
+
+    step: int
+    elapsed: float
+    rates: list[float]
+    plan: Plan
+
+
+def simulate(path: Path, machine: Machine, *, begin: int = 0, elapsed: float = 0.0, until: int | None = None) -> Ended:
+    """Drive a plan as the loop does: step, measure, decide; the last moments are the ending's."""
+    plan = Plan.open(path, TrainingConfig(seconds=SECONDS, learning_rate=RATE))
+    step, durations, rates = begin, list[float](), list[float]()
+    while not plan.finished(step) and step != until:
+        step += 1
+        rates.append(plan.learning_rate(step))
+        durations = [*durations[-99:], machine(elapsed / SECONDS)]
+        elapsed += durations[-1]
+        if plan.decides_at(step, elapsed):
+            plan.decide(step, elapsed=elapsed, per_step=median(durations), per_watch=0.0, ending=ENDING)
+    return Ended(step, elapsed + ENDING, rates, plan)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100, 5000])
+def test_the_rate_rises_and_falls_to_nearly_nothing(tmp_path, steps):
+    plan = by_steps(tmp_path, steps)
+    rates = [plan.learning_rate(step) for step in range(1, steps + 1)]
+    assert min(rates) > 0 and max(rates) <= RATE
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1]), "it only rises before its highest value"
+    assert rates[top:] == sorted(rates[top:], reverse=True), "and only falls after it"
+    # The last update has one step's share of the fall.
+    assert rates[-1] <= RATE / max(1.0, 0.6 * steps) * (1 + 1e-12)
+    assert max(rates) == RATE or steps < 10
+
+
+def test_a_run_by_steps_ends_after_them(tmp_path):
+    plan = by_steps(tmp_path, 7)
+    assert [plan.finished(step) for step in (0, 6, 7)] == [False, False, True]
+    assert not plan.decides_at(5, 1e9) and not (tmp_path / "plan.json").exists()
+
+
+def test_moments_are_due_once_each(tmp_path):
+    plan = by_steps(tmp_path, 1000)
+    assert [step for step in range(1001) if plan.due(step, [0.01, 0.5, 1.0])] == [10, 500, 1000]
+
+
+@pytest.mark.parametrize("per_step", [0.02, 0.3, 7.0])
+def test_a_steady_machine_is_measured_once(tmp_path, per_step):
+    """3 % of jitter never moves the horizon, and the run uses its time and no more."""
+    rng = random.Random(0)  # noqa: S311
+    ended = simulate(tmp_path / "plan.json", lambda _: per_step * rng.uniform(0.97, 1.03))
+    horizons = {horizon for _, horizon in ended.plan.decisions}
+    assert len(horizons) == 1 and len(ended.plan.decisions) >= LOOKS
+    # Aimed at 98.5 %; the median of a hundred jittery steps is good to half a percent, and a step is a whole one.
+    assert 0.95 * SECONDS - per_step < ended.elapsed <= SECONDS
+
+
+@pytest.mark.parametrize("change", [1.3, 1 / 1.3, 2.0])
+def test_a_machine_that_changes_speed_half_way_still_ends_in_time(tmp_path, change):
+    rng = random.Random(1)  # noqa: S311
+
+    def machine(share: float) -> float:
+        return 0.1 * (change if share > 0.5 else 1) * rng.uniform(0.97, 1.03)
+
+    ended = simulate(tmp_path / "plan.json", machine)
+    assert abs(ended.elapsed - SECONDS) < 0.05 * SECONDS
+    assert len({horizon for _, horizon in ended.plan.decisions}) > 1
+
+
+def test_a_reopened_plan_repeats_its_decisions(tmp_path):
+    """A resumed run, on a machine that has become slower, follows what was decided, up to the last decision."""
+    path = tmp_path / "plan.json"
+    first = simulate(path, lambda share: 0.5 if share < 0.5 else 0.6, until=900)
+    again = Plan.open(path, TrainingConfig(seconds=SECONDS, learning_rate=RATE))
+    assert again.decisions == first.plan.decisions and len(again.decisions) > 3
+    assert all(again.horizon(step) == first.plan.horizon(step) for step in range(901))
+    last = again.decisions[-1][0]
+    assert not any(again.decides_at(step, 1e9) for step in range(last + 1)), "what is decided stays so"
+    assert any(again.decides_at(step, 1e9) for step in range(last + 1, last + 200))
+
+
+def test_a_decision_is_on_disk_before_it_counts(tmp_path):
+    path = tmp_path / "plan.json"
+    plan = Plan.open(path, TrainingConfig(seconds=100.0, learning_rate=RATE))
+    assert plan.horizon(10) is None and not plan.finished(10) and not plan.due(10, [0.1])
+    plan.decide(10, elapsed=10.0, per_step=1.0, per_watch=8.0, ending=5.0)
+    # 98.5 % of 100 s, less 10 gone and 13 for pictures, leaves 75 steps of 1 s.
+    assert plan.horizon(10) == 85 and Plan.open(path, plan.config).horizon(10) == 85
+    assert plan.horizon(9) is None
+
+
+def test_a_run_out_of_time_ends_at_the_next_step(tmp_path):
+    plan = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=100.0))
+    plan.decide(10, elapsed=99.0, per_step=1.0, per_watch=0.0, ending=5.0)
+    assert plan.horizon(10) == 11

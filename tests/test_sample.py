@@ -1,0 +1,120 @@
+"""Sampling: a picture is a function of its seed and number, and its note draws it again."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snowmelt.cli import run as cli
+from snowmelt.run import Run
+from snowmelt.sample import SampleOptions, sample
+
+pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sample") / "run"
+    assert cli(["train", "builtin:digits", "--out", str(out), "--steps", "30", "--precision", "fp32"]) == 0
+    return out
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_picture_17_of_seed_5_is_the_same_in_any_batch(digits, tmp_path, sampler):
+    common = {"run": digits, "seeds": (5,), "steps": 10, "sampler": sampler}
+    sample(SampleOptions(**common, out=tmp_path / "many", count=20, batch=20))
+    sample(SampleOptions(**common, out=tmp_path / "seven", count=20, batch=7))
+    sample(SampleOptions(**common, out=tmp_path / "alone", count=1, first=17))
+    many, seven, alone = (pixels(tmp_path / name / "seed5-00017.png") for name in ("many", "seven", "alone"))
+    # One level of 255: kernels sum in another order for another batch size, and 10 steps can carry that to a rounding.
+    assert abs(many - seven).max() <= 1 and abs(many - alone).max() <= 1
+    other = pixels(tmp_path / "many" / "seed5-00007.png")
+    assert abs(other - many).max() > 1, "another picture of the same class is another picture"
+
+
+def test_the_note_draws_the_picture_again(digits, tmp_path):
+    sample(SampleOptions(digits, out=tmp_path / "a", count=3, classes=("7", "3"), steps=8, guidance=2.0))
+    note = json.loads((tmp_path / "a" / "seed0-00001.json").read_text())
+    assert note["class"] == "3" and note["guidance"] == 2.0 and note["steps"] == 8
+    words = shlex.split(note["command"])
+    assert cli([*words[1:], "--out", str(tmp_path / "b")]) == 0
+    assert np.array_equal(pixels(tmp_path / "a" / "seed0-00001.png"), pixels(tmp_path / "b" / "seed0-00001.png"))
+
+
+def test_grid_and_strip(digits, tmp_path):
+    files = sample(SampleOptions(digits, out=tmp_path, count=20, steps=12, grid=True, strip=True))
+    assert [path.name for path in files[-2:]] == ["grid.png", "strip.png"]
+    assert len(files) == 2 * 20 + 2
+    grid, strip = Image.open(tmp_path / "grid.png"), Image.open(tmp_path / "strip.png")
+    tile = 64 + 2
+    assert grid.size == (10 * tile + 2, 2 * tile + 2), "ten classes side by side"
+    assert strip.size == (12 * tile + 2, 16 * tile + 2), "eleven moments and the picture"
+    columns = np.asarray(strip).astype(float)
+    first, last = columns[2:66, 2:66], columns[2:66, 11 * tile + 2 : 11 * tile + 66]
+    picture = np.asarray(grid)[2:66, 2:66]
+    assert np.array_equal(last, picture), "the strip ends with the picture"
+    assert abs(first - picture).mean() > 20, "and begins with noise"
+
+
+def test_guidance_one_is_none_and_classes_matter(digits, tmp_path):
+    def draw(name: str, **more: object) -> np.ndarray:
+        sample(SampleOptions(digits, out=tmp_path / name, count=1, steps=5, **more))
+        return pixels(tmp_path / name / "seed0-00000.png")
+
+    plain = draw("plain", classes=("0",))
+    assert np.array_equal(plain, draw("one", classes=("0",), guidance=1.0))
+    assert not np.array_equal(plain, draw("guided", classes=("0",), guidance=3.0))
+    assert not np.array_equal(plain, draw("other", classes=("1",)))
+    assert not np.array_equal(plain, draw("none", unconditional=True))
+
+
+def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
+    """The run's own final grid comes from the same noise, weights and steps: seed 0, four columns of class 0 first."""
+    sample(SampleOptions(digits, out=tmp_path, count=1, classes=("0",)))
+    shown = np.asarray(Image.open(digits / "samples" / "grid.png").crop((2, 2, 66, 66))).astype(int)
+    drawn = np.asarray(Image.open(tmp_path / "seed0-00000.png").resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+    # Two levels: one for the batch size, and enlarging may round it once more.
+    assert abs(shown - drawn).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sampler", "ddi"], "did you mean 'ddim'?"),
+        (["--classes", "seven"], "There is no class 'seven'"),
+        (["--schedule", "cosin"], "did you mean 'cosine'?"),
+        (["--count", "0"], "--count is 0; give at least 1"),
+        (["--steps", "0"], "--steps is 0; give at least 1"),
+        (["--first", "-1"], "--first is -1"),
+        (["--unconditional", "--classes", "1"], "exclude each other"),
+        (["--unconditional", "--guidance", "2"], "--guidance holds a picture to its class"),
+        (["--device", "cuda:9"], "There is no device 'cuda:9'"),
+        (["--nosuch", "1"], "has no option '--nosuch'"),
+    ],
+)
+def test_mistakes_are_one_sentence(digits, tmp_path, capsys, words, said):
+    before = sorted(digits.rglob("*"))
+    assert cli(["sample", str(digits), "--out", str(tmp_path / "out"), *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "out").exists() and sorted(digits.rglob("*")) == before
+
+
+def test_a_directory_that_is_no_run(tmp_path, capsys):
+    assert cli(["sample", str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
+    assert cli(["sample", str(tmp_path / "nowhere")]) == 2
+    assert "There is no run at" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_says_how_to_get_one(digits, tmp_path, capsys):
+    Run.create(tmp_path / "run", Run.open(digits).config)
+    assert cli(["sample", str(tmp_path / "run")]) == 2
+    assert "has no checkpoint yet; train it with" in capsys.readouterr().err
