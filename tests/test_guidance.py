@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import stirred
+from snowmelt.config import Config, DataConfig, UNetConfig
+from snowmelt.device import Precision
 from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.diffusion.exact import gaussian_denoiser
 from snowmelt.diffusion.guidance import clamped, classifier_free
 from snowmelt.diffusion.noise import alpha_sigma
 from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.schedules import cosine, time_grid
+from snowmelt.models.base import Drawing
+from snowmelt.models.diffusion import DiffusionModel
+from snowmelt.seeds import noise_source
 
 STD = torch.tensor(0.4, dtype=torch.float64)
 X = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -66,6 +72,30 @@ def test_guidance_between_gaussians_moves_the_mean(scale):
     *_, last = SAMPLERS["ddim"](guided, X, time_grid(cosine, 20), forbidden)
     *_, expected = SAMPLERS["ddim"](exact, X, time_grid(cosine, 20), forbidden)
     torch.testing.assert_close(last.x0, expected.x0, rtol=0, atol=1e-12)  # 20 steps of it
+
+
+def test_a_trained_model_is_guided_between_its_class_and_none():
+    """A scale of 0 draws as without labels, bit for bit; only scales other than 1 cost a second evaluation."""
+    config = Config(
+        DataConfig(size=8, channels=1, classes=("a", "b")),
+        network=UNetConfig(channels=(8, 16), attention=(False, True), head_channels=8),
+    )
+    model = stirred(DiffusionModel(config, Precision(torch.device("cpu"))))
+    calls: list[int] = []
+    model.denoiser.backbone.register_forward_hook(lambda *_: calls.append(1))
+
+    def drawn(labels: Tensor | None, scale: float) -> tuple[Tensor, int]:
+        calls.clear()
+        noise = noise_source([0, 0], [0, 1], (1, 8, 8))
+        *_, last = model.sample(noise, labels, Drawing(steps=3, guidance=scale))
+        return last.x0, len(calls)
+
+    labels = torch.tensor([0, 1])
+    (without, one), (zero, two), (with_class, alone) = drawn(None, 1.0), drawn(labels, 0.0), drawn(labels, 1.0)
+    assert torch.equal(zero, without) and not torch.equal(with_class, without)
+    assert (one, two, alone) == (3, 6, 3)
+    wild, _ = drawn(labels, 1000.0)
+    assert wild.abs().max() == 1, "every guess is cut off at [-1, 1]"
 
 
 def test_clamped_keeps_pictures_and_cuts_the_rest():

@@ -92,26 +92,28 @@ def test_eight_pictures_are_learnt_by_heart():
     pictures = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(2)).round() * 2 - 1
     config = Config(
         DataConfig(size=8, channels=1, std=1.0),
-        network=UNetConfig(channels=(32, 32), attention=(False, True)),
+        network=UNetConfig(channels=(16, 32), attention=(False, True)),
         diffusion=DiffusionConfig(schedule="cosine", predicts="edm"),
         training=TrainingConfig(),
     )
     learner = build_learner(config, Precision(torch.device("cpu")))
-    batch, steps = Batch(pictures.repeat(4, 1, 1, 1), None), 300
+    chance, steps = torch.Generator().manual_seed(0), 300
     for step in range(1, steps + 1):
-        rate = 4e-3 * min(1.0, step / 20, 2 * (steps + 1 - step) / steps)
+        batch = Batch(pictures[torch.randint(8, (32,), generator=chance)], None)
+        rate = 5e-3 * min(1.0, step / 20, 2 * (steps + 1 - step) / steps)
         assert learner.update(batch, generator(0, "train", step), rate).finite
     *_, last = learner.model.sample(noise_source([0] * 32, range(32), (1, 8, 8)), None, Drawing(steps=25))
     nearest, which = (torch.cdist(last.x0.flatten(1), pictures.flatten(1)) / 8).min(1)
-    # Root mean squares per pixel. The pictures are more than 1 apart; so short a training leaves 0.15 to 0.2 in the
-    # middle, and a draw in a dozen that has not settled between two of them.
+    # Root mean squares per pixel. The pictures are more than 1 apart; so short a training comes within 0.1 of one of
+    # them, but for a draw in twenty that has not settled between two. Of 32 draws some two may be missed by chance.
     assert torch.pdist(pictures.flatten(1)).min() / 8 > 1
-    assert nearest.median() < 0.3 and (nearest < 0.5).float().mean() > 0.8
-    assert len(which.unique()) >= 4, "and not one picture only"
+    assert nearest.median() < 0.2 and (nearest < 0.4).float().mean() > 0.8
+    assert len(which.unique()) >= 6
 
 
 def test_the_loop_in_the_docs_learns():
     """The reader's own loop: short, and what it draws after its few steps is on the way from noise to digits."""
+    pytest.importorskip("sklearn", reason="the page uses the digits that come with scikit-learn")
     page = (Path(__file__).parent.parent / "docs" / "own-loop.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 18

@@ -1,6 +1,5 @@
 """Resuming is exact: interrupted in whatever way, a run ends with the bytes of one that never was."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -115,4 +114,4 @@ def test_a_later_version_is_refused(tmp_path, finished, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99, "version": "9.0"}))
     assert cli(["sample", str(tmp_path / "run")]) == 2
     assert "later Snowmelt (9.0); upgrade" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["run"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -75,8 +75,12 @@ def test_every_eta_keeps_the_marginal(eta):
         (alpha, sigma), (alpha_next, sigma_next) = (alpha_sigma(level, one) for level in grid)
         # float64, one step.
         torch.testing.assert_close(step(alpha * one, one, zero), alpha_next * one, rtol=1e-13, atol=0)
-        variance = step(sigma * one, zero, zero) ** 2 + step(zero, zero, one) ** 2
+        fresh = step(zero, zero, one)
+        variance = step(sigma * one, zero, zero) ** 2 + fresh**2
         torch.testing.assert_close(variance, sigma_next**2 * one, rtol=1e-13, atol=0)
+        # Equation 16 of the DDIM paper: eta times the standard deviation of DDPM's posterior.
+        expected = eta * (sigma_next / sigma) * (1 - alpha**2 / alpha_next**2).sqrt()
+        torch.testing.assert_close(fresh, expected * one, rtol=1e-11, atol=0)  # alphas near 1 cancel at the clean end
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

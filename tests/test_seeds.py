@@ -61,12 +61,13 @@ def test_a_picture_does_not_depend_on_its_batch():
     """Through a whole network and sampler: arithmetic may be ordered otherwise, so within one of 255 grey levels."""
     config = Config(
         DataConfig(size=8, channels=3, classes=("a", "b")),
-        network=UNetConfig(channels=(16, 32), attention=(False, True), head_channels=16),
+        network=UNetConfig(channels=(16, 32), attention=(False, True), head_channels=16, dropout=0.5),
     )
     model = stirred(DiffusionModel(config, Precision(torch.device("cpu"))))
 
     def drawn(images: list[int], sampler: str) -> torch.Tensor:
         labels = torch.tensor(images) % 2
+        model.train()  # as in the middle of a training run; drawing must turn dropout off
         drawing = Drawing(sampler=sampler, steps=10, guidance=2.0)
         *_, last = model.sample(noise_source([5] * len(images), images, SHAPE), labels, drawing)
         return to_pixels(last.x0).int()

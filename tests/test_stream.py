@@ -90,12 +90,16 @@ def test_the_size_of_a_batch_only_cuts_the_walk(data):
 def test_half_of_the_pictures_are_mirrored(data):
     """A mirrored picture bears its number on the right."""
     plain, flipped = stream(data, batch=1000), stream(data, batch=1000, flip=True)
-    assert (plain.at(0).images[:, 0, 0, 0] > -1).all()
-    images = flipped.at(0).images
-    mirrored = images[:, 0, 0, 3] > -1
-    assert torch.equal(torch.where(mirrored[:, None, None, None], images.flip(3), images), plain.at(0).images)
-    # Four standard deviations of 1000 tosses of a coin.
-    assert abs(int(mirrored.sum()) - 500) < 4 * 0.5 * 1000**0.5
+    sides = []
+    for step in range(2):
+        images = flipped.at(step).images
+        mirrored = images[:, 0, 0, 3] > -1
+        assert torch.equal(torch.where(mirrored[:, None, None, None], images.flip(3), images), plain.at(step).images)
+        # Four standard deviations of 1000 tosses of a coin.
+        assert abs(int(mirrored.sum()) - 500) < 4 * 0.5 * 1000**0.5
+        sides.append(mirrored)
+    # Every step tosses anew: half of the tosses differ.
+    assert abs(int((sides[0] ^ sides[1]).sum()) - 500) < 4 * 0.5 * 1000**0.5
 
 
 def test_pictures_without_classes_have_no_labels(data):

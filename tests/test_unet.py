@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from conftest import stirred
 from snowmelt.config import UNetConfig
 from snowmelt.errors import UserError
-from snowmelt.networks.layers import attend, sinusoids
+from snowmelt.networks.layers import Attention, ResnetBlock, attend, sinusoids
 from snowmelt.networks.unet import UNet
 
 SMALL = UNetConfig(channels=(8, 16), attention=(False, True), head_channels=8)
@@ -74,6 +74,15 @@ def test_a_fresh_network_says_the_same_whatever_it_sees():
     network = UNet(SMALL, channels=2, classes=3).eval()
     answer = network(draws(4, 2, 8, 8), torch.tensor([0.0, 10.0, 500.0, 999.0]), torch.tensor([0, 1, 2, 3]))
     assert torch.equal(answer, answer[:1, :, :1, :1].expand_as(answer))
+
+
+def test_a_fresh_block_lets_its_input_pass():
+    """Up to one constant for each channel, the bias of its last layer, it begins as the identity."""
+    x, embedding = draws(2, 8, 4, 4), draws(2, 32)
+    blocks = ResnetBlock(8, 8, embedding=32, groups=8, dropout=0.0), Attention(8, head_channels=8, groups=8)
+    for added in (blocks[0](x, embedding) - x, blocks[1](x) - x):
+        # (x + constant) - x in float32, for x up to 4.
+        torch.testing.assert_close(added, added[:1, :, :1, :1].expand_as(added), rtol=0, atol=1e-6)
 
 
 def test_every_weight_learns():

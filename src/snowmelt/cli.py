@@ -27,7 +27,7 @@ first steps:
 
 
 def main() -> None:
-    """Run the command line of this process and exit: 0 done, 2 a mistake that one sentence explains, 128 + n signal n."""
+    """Run the command line of this process and exit: 0 done, 2 a mistake told in a sentence, 128 + n signal n."""
     if hasattr(os, "EX_OK"):
         # A closed pipe (`| head`) ends the program quietly, as it does others.
         import signal

@@ -1,4 +1,4 @@
-"""The exception for a person's mistakes, the one for a person's Ctrl-C, and the lookup that names the nearest choice."""
+"""The exceptions for a mistake and for Ctrl-C, and the lookup that names the nearest choice."""
 
 from __future__ import annotations
 
