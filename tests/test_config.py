@@ -97,10 +97,28 @@ def test_what_is_no_toml_is_refused(tmp_path):
     (tmp_path / "config.toml").write_bytes(b'version = "\xff"')
     with pytest.raises(UserError, match="not readable as TOML"):
         read_config(tmp_path / "config.toml")
-    with pytest.raises(UserError, match="There is no file"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_config(tmp_path / "other.toml")
 
 
 def test_a_later_format_is_refused_whatever_else_it_holds(tmp_path):
     with pytest.raises(UserError, match=r"later Snowmelt \(9\); upgrade"):
         read_config(changed(tmp_path, f"format = {FORMAT}", f"format = {FORMAT + 1}\nfuture = true"))
+
+
+@pytest.mark.parametrize("key, value", [("flip", "false"), ("steps", 8.7), ("steps", True), ("seed", "1")])
+def test_values_are_not_bent_into_another_type(key, value):
+    with pytest.raises(UserError):
+        from_table(Config, {"data": {"size": 8, "channels": 1}, "training": {key: value}}, "f")
+
+
+@pytest.mark.parametrize("table", [{"network": [1]}, {"data": {"size": 8, "channels": 1, "classes": "abc"}}])
+def test_wrong_shapes_are_refused(table):
+    with pytest.raises(UserError):
+        from_table(Config, {"data": {"size": 8, "channels": 1}, **table}, "f")
+
+
+@pytest.mark.parametrize("width", [104, 48])
+def test_a_width_that_heads_do_not_divide_is_refused(width):
+    with pytest.raises(UserError, match="head_channels"):
+        UNetConfig(channels=(width,), attention=(True,))

@@ -123,3 +123,16 @@ def test_a_run_out_of_time_ends_at_the_next_step(tmp_path):
     plan = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=100.0))
     plan.decide(10, elapsed=99.0, per_step=1.0, per_watch=0.0, ending=5.0)
     assert plan.horizon(10) == 11
+
+
+@pytest.mark.parametrize("machine", [lambda s: 0.1 if s < 0.5 else 0.13, lambda s: 0.9], ids=["slows", "slow"])
+def test_a_reopened_plan_repeats_every_learning_rate(tmp_path, machine):
+    """A resumed run knows decisions before it reaches their steps, and must not use them earlier than the first did."""
+    first = simulate(tmp_path / "plan.json", machine)
+    again = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=SECONDS, learning_rate=RATE))
+    assert [step for step, rate in enumerate(first.rates, 1) if again.learning_rate(step) != rate] == []
+
+
+def test_a_run_by_time_warms_up_without_a_drop(tmp_path):
+    rates = simulate(tmp_path / "plan.json", lambda _: 0.9).rates[:100]
+    assert rates == sorted(rates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from snowmelt.diffusion import process
 from snowmelt.diffusion.denoiser import Denoise, Denoiser
 from snowmelt.diffusion.exact import dataset_denoiser, gaussian_denoiser
 from snowmelt.diffusion.noise import alpha_sigma
-from snowmelt.diffusion.samplers import SAMPLERS, NoiseSource, ancestral
+from snowmelt.diffusion.samplers import SAMPLERS, NoiseSource, Step, ancestral
 from snowmelt.diffusion.schedules import SCHEDULES, linear, time_grid
 from snowmelt.seeds import noise_source
 
@@ -31,7 +32,7 @@ def no_noise(step: int) -> Tensor:
     raise AssertionError(f"noise was asked for, at step {step}")
 
 
-def ending(steps: object) -> Tensor:
+def ending(steps: Iterator[Step]) -> Tensor:
     """The noisy image of the last step."""
     *_, last = steps
     return last.x

@@ -25,6 +25,7 @@ _HOMES = {
     "snowmelt.diffusion.samplers": ("SAMPLERS", "Step", "ancestral"),
     "snowmelt.diffusion.guidance": ("clamped", "classifier_free"),
     "snowmelt.networks.unet": ("UNet",),
+    "snowmelt.seeds": ("noise_source",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from snowmelt.errors import UserError, nearest
 
@@ -53,8 +53,17 @@ class UNetConfig:
                 f"network.attention has {len(self.attention)} entries and network.channels {len(self.channels)}; "
                 "give one for each size."
             )
+        if not self.channels or min(self.blocks, self.patch, self.groups, self.head_channels, *self.channels) < 1:
+            raise UserError("network.channels, blocks, patch, groups and head_channels must all be at least 1.")
         if any(width % self.groups for width in self.channels):
             raise UserError(f"network.channels {self.channels} must all be multiples of network.groups {self.groups}.")
+        # The smallest size always has attention, between the way down and the way up.
+        attended = [width for width, on in zip(self.channels, self.attention, strict=True) if on] + [self.channels[-1]]
+        if any(width >= self.head_channels and width % self.head_channels for width in attended):
+            raise UserError(
+                f"network.channels {self.channels} must be multiples of network.head_channels {self.head_channels} "
+                "where there is attention, and at the smallest size."
+            )
 
     @property
     def divisor(self) -> int:
@@ -82,6 +91,8 @@ class TrainingConfig:
     seconds: float | None = None
     """Wall-clock time for the whole run, final pictures and report included."""
     batch: int = 64
+    optimizer: str = "muon"
+    """muon (for matrices and kernels, with AdamW for the rest) or adamw (for all)."""
     learning_rate: float = 1e-3
     warmup: int = 100
     """Steps in which the learning rate rises from 0."""
@@ -137,33 +148,64 @@ def to_toml(value: Any) -> str:
 
 
 def from_table(kind: type[Value], table: dict[str, Any], where: str) -> Value:
-    """A dataclass of `kind` from tables.
+    """A dataclass of `kind` from tables, read strictly: "8" is no number, 1 is no truth.
 
     Raises:
         UserError: an unknown key (naming the nearest one), a wrong type, a missing value; `where` names the file.
     """
-    import cattrs
+    from cattrs import transform_error
     from cattrs.errors import ClassValidationError
 
     _refuse_unknown(kind, table, where)
     try:
-        return cattrs.structure(table, kind)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except (ClassValidationError, TypeError, ValueError) as error:
-        reasons = "; ".join(cattrs.transform_error(error))
+        return _converter().structure(table, kind)
+    except ClassValidationError as error:
+        mistakes = [leaf for leaf in _leaves(error) if isinstance(leaf, UserError)]
+        reasons = "; ".join(map(str, mistakes)).rstrip(".") or "; ".join(transform_error(error))
         raise UserError(f"{where} holds a value that does not fit: {reasons}.") from error
 
 
+def _converter() -> Any:
+    import cattrs
+
+    converter = cattrs.Converter()
+
+    def strict(accepted: tuple[type, ...], kind: type) -> None:
+        def structure(value: Any, _kind: Any) -> Any:
+            if type(value) not in accepted:
+                raise TypeError(f"{value!r} is no {kind.__name__}")
+            return kind(value)
+
+        converter.register_structure_hook(kind, structure)
+
+    for kind, accepted in ((bool, (bool,)), (int, (int,)), (float, (float, int)), (str, (str,))):
+        strict(accepted, kind)
+    converter.register_structure_hook_func(lambda kind: kind is Any, lambda value, _kind: value)
+    return converter
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The single mistakes in a group of groups."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in _leaves(part)]
+    return [error]
+
+
 def _refuse_unknown(kind: Any, table: dict[str, Any], where: str) -> None:
+    """Unknown keys, and values that are not even of the right shape: tables for sections, lists for lists."""
     import typing
 
     hints = typing.get_type_hints(kind)
     for key, value in table.items():
         if key not in hints:
             raise UserError(f"{where} has an unknown key {key!r}; {nearest(key, hints)}.")
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
-            _refuse_unknown(hints[key], value, where)
+        section = dataclasses.is_dataclass(hints[key])
+        if section != isinstance(value, dict) and key != "request":
+            raise UserError(f"{where}: {key!r} must be {'a table' if section else 'a value, not a table'}.")
+        if typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
+            raise UserError(f"{where}: {key!r} must be a list.")
+        if section and isinstance(value, dict):
+            _refuse_unknown(hints[key], cast(dict[str, Any], value), where)
 
 
 def read_config(path: Path) -> Config:
@@ -174,10 +216,11 @@ def read_config(path: Path) -> Config:
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file {path}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as TOML ({error}).") from error
-    if isinstance(table.get("format"), int) and table["format"] > FORMAT:
+    later = table.get("format", FORMAT)
+    if isinstance(later, int) and later > FORMAT:
         raise UserError(f"{path} was written by a later Snowmelt ({table.get('version')}); upgrade to read it.")
     return from_table(Config, table, str(path))

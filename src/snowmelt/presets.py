@@ -22,7 +22,7 @@ def training_for(data: DataConfig, *, steps: int | None, seconds: float | None) 
     """How to train on pictures of this size."""
     small = data.size <= 40
     return TrainingConfig(
-        steps=steps, seconds=seconds, batch=64 if small else 32, learning_rate=2e-3 if small else 1e-3
+        steps=steps, seconds=seconds, batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3
     )
 
 

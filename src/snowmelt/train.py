@@ -60,6 +60,8 @@ class TrainOptions:
     """Weight of the loss by noise level: constant, simple or min_snr."""
     batch: int | None = None
     """Pictures in each step."""
+    optimizer: str | None = None
+    """muon (for matrices and kernels, with AdamW for the rest) or adamw (for all)."""
     learning_rate: float | None = None
     """Highest learning rate."""
     flip: bool = False
@@ -207,7 +209,11 @@ def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
             raise UserError(f"--config {options.config} is not readable as TOML ({error}).") from error
     given = {
         "diffusion": {"schedule": options.schedule, "predicts": options.predicts, "weight": options.weight},
-        "training": {"batch": options.batch, "learning_rate": options.learning_rate},
+        "training": {
+            "batch": options.batch,
+            "optimizer": options.optimizer,
+            "learning_rate": options.learning_rate,
+        },
     }
     for section, values in given.items():
         known = {name: value for name, value in values.items() if value is not None}

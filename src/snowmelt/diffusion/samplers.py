@@ -49,16 +49,17 @@ def ancestral(
         noise_source: asked for fresh noise by the number of the step, 1 for the first; not asked when eta is 0.
         eta: 0 (DDIM, no fresh noise) to 1 (DDPM).
     """
-    levels = log_snrs.to(x.device, torch.float64)
+    # Levels stay on the CPU in double precision: differences of neighbours are small, and not every device has doubles.
+    levels = log_snrs.to("cpu", torch.float64)
     for index, level in enumerate(levels):
-        x0 = denoise(x, level.to(x.dtype))
+        x0 = denoise(x, level.to(x.device, x.dtype))
         yield Step(x, level, x0)
         if index + 1 < len(levels):
             following = levels[index + 1]
-            alpha, sigma = (a.to(x.dtype) for a in alpha_sigma(level, x))
-            alpha_next, sigma_next = (a.to(x.dtype) for a in alpha_sigma(following, x))
-            fresh_share = (-torch.expm1(level - following) * eta**2).to(x.dtype)
-            noise = (1 - fresh_share).sqrt() * (x - alpha * x0) / sigma
+            alpha, sigma = alpha_sigma(level, x)
+            alpha_next, sigma_next = alpha_sigma(following, x)
+            fresh_share = -torch.expm1(level - following) * eta**2
+            noise = (1 - fresh_share).sqrt() * ((x - alpha * x0) / sigma)
             if eta:
                 noise = noise + fresh_share.sqrt() * noise_source(index + 1)
             x = alpha_next * x0 + sigma_next * noise

@@ -17,6 +17,7 @@ from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.errors import choose
 from snowmelt.models.base import Drawing, Learner, Model
 from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel
+from snowmelt.models.optimizer import OPTIMIZERS
 from snowmelt.seeds import generator
 
 
@@ -44,11 +45,12 @@ def build_learner(config: Config, precision: Precision) -> Learner:
 
 
 def check_names(config: Config) -> None:
-    """Refuse a configuration whose model, schedule, prediction or weight is not one of the known ones."""
+    """Refuse a configuration whose model, schedule, prediction, weight or optimizer is not one of the known ones."""
     choose(MODELS, config.model, "model")
     choose(SCHEDULES, config.diffusion.schedule, "schedule")
     choose(PREDICTS, config.diffusion.predicts, "prediction")
     choose(WEIGHTS, config.diffusion.weight, "weight")
+    choose(OPTIMIZERS, config.training.optimizer, "optimizer")
 
 
 def check_drawing(drawing: Drawing) -> None:

@@ -19,7 +19,7 @@ from snowmelt.diffusion.samplers import SAMPLERS, NoiseSource, Step
 from snowmelt.diffusion.schedules import SCHEDULES, time_grid
 from snowmelt.errors import choose
 from snowmelt.models.base import Drawing, Model, Update
-from snowmelt.models.optimizer import adamw, load_state_tensors, optimizer_step, state_tensors
+from snowmelt.models.optimizer import Optimizer
 from snowmelt.networks.unet import UNet
 from snowmelt.shapes import Labels, Levels
 
@@ -72,7 +72,7 @@ class DiffusionLearner:
         self.config = model.config
         self.schedule = choose(SCHEDULES, self.config.diffusion.schedule, "schedule")
         self.loss = partial(denoising_loss, weight=choose(WEIGHTS, self.config.diffusion.weight, "weight"))
-        self.optimizer = adamw(model, self.config.training)
+        self.optimizer = Optimizer(model, self.config.training)
 
     @property
     def averaged(self) -> nn.Module:
@@ -93,19 +93,16 @@ class DiffusionLearner:
         with self.model.precision.autocast():
             loss = self.loss(self.model.denoiser, images, log_snr, noise, cond=labels)
         loss.backward()
-        finite = optimizer_step(
-            self.optimizer,
-            self.model.parameters(),
-            learning_rate=learning_rate,
-            clip=self.config.training.clip,
-        )
+        finite = self.optimizer.step(learning_rate)
         return Update({"loss": loss.item()}, finite)
 
     def _levels(self, count: int, rng: torch.Generator) -> Levels:
-        """Random levels, one from each of `count` equal slices of time: less chance in the loss than free draws."""
-        slices = torch.arange(count, device=rng.device)
-        time = (slices + torch.rand(count, generator=rng, device=rng.device, dtype=torch.float64)) / count
-        return self.schedule(time).float()
+        """Random levels, one from each of `count` equal slices of time, in random order.
+
+        Every batch then sees all levels alike, which leaves less chance in the loss than free draws.
+        """
+        slices = torch.randperm(count, generator=rng, device=rng.device)
+        return self.schedule((slices + torch.rand(count, generator=rng, device=rng.device)) / count)
 
     def held_out(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """The denoising error |x0_hat - x0|^2 per pixel at each of `HELD_OUT_LEVELS`, and the loss: see `Learner`."""
@@ -126,9 +123,9 @@ class DiffusionLearner:
         return errors
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """AdamW's two moments and step counts."""
-        return state_tensors(self.optimizer, self.model)
+        """Momenta and step counts: see `Learner`."""
+        return self.optimizer.tensors()
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put them back."""
-        load_state_tensors(self.optimizer, self.model, tensors)
+        self.optimizer.load(tensors)

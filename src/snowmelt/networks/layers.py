@@ -34,6 +34,12 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+def bias_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The bias of a layer that has one."""
+    assert layer.bias is not None
+    return layer.bias
+
+
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv; norm scaled and shifted by the embedding, SiLU, conv; plus the input."""
 
@@ -46,8 +52,9 @@ class ResnetBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
-        # A block begins as the identity: deep networks then learn from the first step on.
+        # A block begins as its shortcut: deep networks then learn from the first step on.
         nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(bias_of(self.conv2))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
@@ -79,6 +86,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         out = nn.Linear(channels, channels)
         nn.init.zeros_(out.weight)
+        nn.init.zeros_(bias_of(out))
         self.to_out = nn.ModuleList([out])
 
     def forward(self, x: Tensor) -> Tensor:

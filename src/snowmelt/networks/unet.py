@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snowmelt.config import UNetConfig
-from snowmelt.networks.layers import Attention, Downsample, ResnetBlock, TimeEmbedding, Upsample, sinusoids
+from snowmelt.networks.layers import Attention, Downsample, ResnetBlock, TimeEmbedding, Upsample, bias_of, sinusoids
 from snowmelt.shapes import Images, Labels, Levels
 
 
@@ -99,6 +99,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], pixels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(bias_of(self.conv_out))
 
     @staticmethod
     def _down(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
@@ -128,8 +129,9 @@ class UNet(nn.Module):
 
         Args:
             time: (batch,) DDPM steps, 0..999.
-            cond: (batch,) labels; None means "no class" for all.
+            cond: (batch,) labels; None means "no class" for all, and is all that a network without classes takes.
         """
+        assert cond is None or self.classes, "a network without classes was given labels"
         embedding = self.time_embedding(sinusoids(time, self.time_width).to(x.dtype))
         if self.class_embedding is not None:
             labels = torch.full_like(time, self.classes, dtype=torch.long) if cond is None else cond

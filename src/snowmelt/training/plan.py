@@ -1,10 +1,11 @@
 """How far a run goes, and the learning rate on the way.
 
-    rate(step) = learning_rate * min(1, step / warmup, (horizon - step) / (decay * horizon))
+    rate(step) = learning_rate * min(1, step / warmup, (horizon + 1 - step) / (decay * horizon))
 
-A run given by steps has its horizon from the start. A run given by time measures itself early and then fixes its
-horizon, writing it down; at fixed later steps it looks again and moves the horizon only if the machine's speed has
-changed so much that it would miss the time. Every such decision is kept in plan.json, so a resumed run repeats it.
+The warm-up is at most a fifth of the horizon. A run given by steps has its horizon from the start. A run given by time
+measures itself early and then fixes its horizon, writing it down; at fixed later steps it looks again and moves the
+horizon only if the machine's speed has changed so much that it would miss the time. Every such decision is kept in
+plan.json, so a resumed run repeats it.
 """
 
 from __future__ import annotations
@@ -57,9 +58,14 @@ class Plan:
         return horizon is not None and step >= horizon
 
     def learning_rate(self, step: int) -> float:
-        """For update number `step`, 1 for the first."""
-        config, horizon = self.config, self.horizon(step)
-        warmth = step / max(1, min(config.warmup, (horizon or step + config.warmup) // 5))
+        """For update number `step`, 1 for the first.
+
+        It follows the horizon as it stood before the update: a decision at `step` is made after it, and a resumed run,
+        which knows the decision already, must not use it earlier.
+        """
+        config, horizon = self.config, self.horizon(step - 1)
+        warmup = config.warmup if horizon is None else min(config.warmup, horizon // 5)
+        warmth = step / max(1, warmup)
         left = 1.0 if horizon is None else (horizon + 1 - step) / max(1.0, config.decay * horizon)
         return config.learning_rate * min(1.0, warmth, left)
 

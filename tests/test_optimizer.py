@@ -1,0 +1,78 @@
+"""The optimizer: what goes to Muon, that it moves the network's own weights, and that its state comes back whole."""
+
+import pytest
+import torch
+
+from snowmelt.config import TrainingConfig, UNetConfig
+from snowmelt.models.optimizer import Optimizer
+from snowmelt.networks.unet import UNet
+
+
+def network() -> UNet:
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(channels=(16, 16), attention=(False, False)), channels=1, classes=3)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return net
+
+
+def backward(net: UNet, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 1, 8, 8, generator=rng)
+    net(x, torch.tensor([3.0, 700.0]), torch.tensor([0, 2])).square().mean().backward()
+
+
+def test_muon_steps_are_orthogonal_for_inner_matrices_only():
+    net = network()
+    optimizer = Optimizer(net, TrainingConfig(optimizer="muon", weight_decay=0.0))
+    assert "conv_in.weight" not in optimizer.sources and "conv_out.weight" not in optimizer.sources
+    assert not any("embedding" in name and "linear" not in name for name in optimizer.sources)
+    before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    backward(net, 0)
+    assert optimizer.step(1e-2)
+    for name, weight in net.named_parameters():
+        change = (weight.detach() - before[name]).flatten(1) if weight.ndim > 1 else None
+        if name in optimizer.sources:
+            assert change is not None
+            # Five Newton-Schulz steps in bfloat16 bring singular values to about 0.7 to 1.2; 0.2 sqrt(larger side) matches
+            # the size of an AdamW step.
+            values = torch.linalg.svdvals(change) / (1e-2 * 0.2 * max(change.shape) ** 0.5)
+            assert values.min() > 0.5 and values.max() < 1.4, name
+        else:
+            assert not torch.equal(weight.detach(), before[name]), f"{name} was left behind"
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_state_comes_back_bit_for_bit(name):
+    config = TrainingConfig(optimizer=name)
+    whole, parts = network(), network()
+    one = Optimizer(whole, config)
+    for seed in range(4):
+        backward(whole, seed)
+        one.step(1e-3)
+    two = Optimizer(parts, config)
+    for seed in range(2):
+        backward(parts, seed)
+        two.step(1e-3)
+    resumed = network()
+    resumed.load_state_dict(parts.state_dict())
+    three = Optimizer(resumed, config)
+    three.load({key: value.clone() for key, value in two.tensors().items()})
+    for seed in range(2, 4):
+        backward(resumed, seed)
+        three.step(1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert one.tensors().keys() == three.tensors().keys()
+    assert all(torch.equal(value, three.tensors()[key]) for key, value in one.tensors().items())
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_gradient_that_is_not_finite_changes_nothing(name):
+    net = network()
+    optimizer = Optimizer(net, TrainingConfig(optimizer=name))
+    before = [weight.detach().clone() for weight in net.parameters()]
+    backward(net, 0)
+    net.conv_in.weight.grad[0, 0, 0, 0] = float("nan")
+    assert not optimizer.step(1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert not optimizer.tensors()
