@@ -10,8 +10,8 @@ demo: .venv/demo.done
 	rm -rf demo
 	$(BIN)/snowmelt train builtin:digits --for 110s --out demo/digits
 	@echo
-	@echo "New digits, one row per class:           demo/digits/samples/grid.png"
-	@echo "Pictures melting out of noise:           demo/digits/samples/strip.png"
+	@echo "New digits, one row per class:           demo/digits/grid.png"
+	@echo "Pictures melting out of noise:           demo/digits/strip.png"
 	@echo "What the run saw and how it went:        demo/digits/report.md"
 	@echo "Now with pictures of your own:           $(BIN)/snowmelt train YOUR-FOLDER --for 20m --out runs/mine"
 

@@ -34,8 +34,8 @@ def test_muon_steps_are_orthogonal_for_inner_matrices_only():
         change = (weight.detach() - before[name]).flatten(1) if weight.ndim > 1 else None
         if name in optimizer.sources:
             assert change is not None
-            # Five Newton-Schulz steps in bfloat16 bring singular values to about 0.7 to 1.2; 0.2 sqrt(larger side) matches
-            # the size of an AdamW step.
+            # Five Newton-Schulz steps in bfloat16 bring singular values to about 0.7 to 1.2; 0.2 sqrt(larger side)
+            # matches the size of an AdamW step.
             values = torch.linalg.svdvals(change) / (1e-2 * 0.2 * max(change.shape) ** 0.5)
             assert values.min() > 0.5 and values.max() < 1.4, name
         else:

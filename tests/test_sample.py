@@ -1,5 +1,6 @@
 """Sampling: a picture is a function of its seed and number, and its note draws it again."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 
 from snowmelt.cli import run as cli
 from snowmelt.run import Run
-from snowmelt.sample import SampleOptions, sample
+from snowmelt.sample import SampleOptions, _wanted, sample
 
 pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
 
@@ -72,13 +73,27 @@ def test_guidance_one_is_none_and_classes_matter(digits, tmp_path):
     assert np.array_equal(plain, draw("one", classes=("0",), guidance=1.0))
     assert not np.array_equal(plain, draw("guided", classes=("0",), guidance=3.0))
     assert not np.array_equal(plain, draw("other", classes=("1",)))
-    assert not np.array_equal(plain, draw("none", unconditional=True))
+    assert np.array_equal(draw("none", classes=("0",), guidance=0.0), draw("none2", classes=("1",), guidance=0.0)), (
+        "a scale of 0 forgets the class"
+    )
+
+
+def test_unconditional_pictures_have_classes_as_often_as_the_data(digits, tmp_path):
+    options = SampleOptions(digits, unconditional=True, count=2000)
+    run = Run.open(digits)
+    labels = [one.label for one in _wanted(options, run)]
+    counts = np.bincount(labels, minlength=10)
+    expected = 2000 * np.array(run.config.data.counts) / sum(run.config.data.counts)
+    # Four standard errors of a share of 0.1 in 2,000 draws.
+    assert (abs(counts - expected) < 4 * np.sqrt(expected * 0.9)).all()
+    again = [one.label for one in _wanted(dataclasses.replace(options, first=17, count=1), run)]
+    assert again == [labels[17]], "the class of a picture does not depend on what is drawn beside it"
 
 
 def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
     """The run's own final grid comes from the same noise, weights and steps: seed 0, four columns of class 0 first."""
     sample(SampleOptions(digits, out=tmp_path, count=1, classes=("0",)))
-    shown = np.asarray(Image.open(digits / "samples" / "grid.png").crop((2, 2, 66, 66))).astype(int)
+    shown = np.asarray(Image.open(digits / "grid.png").crop((2, 2, 66, 66))).astype(int)
     drawn = np.asarray(Image.open(tmp_path / "seed0-00000.png").resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
     # Two levels: one for the batch size, and enlarging may round it once more.
     assert abs(shown - drawn).max() <= 2
@@ -94,7 +109,8 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--steps", "0"], "--steps is 0; give at least 1"),
         (["--first", "-1"], "--first is -1"),
         (["--unconditional", "--classes", "1"], "exclude each other"),
-        (["--unconditional", "--guidance", "2"], "--guidance holds a picture to its class"),
+        (["--guidance", "nan"], "--guidance is nan"),
+        (["--count", "1000000000"], "draw them in parts"),
         (["--device", "cuda:9"], "There is no device 'cuda:9'"),
         (["--nosuch", "1"], "has no option '--nosuch'"),
     ],

@@ -14,7 +14,7 @@ from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.errors import UserError
 from snowmelt.models.diffusion import DiffusionLearner
-from snowmelt.run import Run
+from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, train
 
 QUICK = ("--precision", "fp32", "--config")
@@ -56,7 +56,7 @@ def test_a_run_tells_its_story(pictures, small, tmp_path):
     lines = run.metrics()
     assert lines[-1]["images"] == 30 * 16
     assert any("held_out_loss" in line for line in lines) and any("error at log-SNR +0" in line for line in lines)
-    for name in ("curves.png", "samples/grid.png", "samples/strip.png", "previews/000000030.png"):
+    for name in ("curves.png", "grid.png", "strip.png", "previews/000000030.png"):
         Image.open(out / name).verify()
     assert "Held-out loss" in (out / "report.md").read_text()
     assert "Precision" not in (out / "log.txt").read_text(), "an asked-for precision is not measured"
@@ -85,7 +85,7 @@ def test_non_finite_steps_are_skipped_then_rolled_back(pictures, small, tmp_path
     assert start(pictures, out, small, "--steps", "20", "--save-every", "0") == 0
     state = checkpoint.read_state(Run.open(out).newest_checkpoint())
     assert state["step"] == 20 and state["skipped"] == 4
-    assert state["rollbacks"] == 1 and state["rate_scale"] == 0.5
+    assert state["rollbacks"] == 1
     log = (out / "log.txt").read_text()
     assert "Step 5 was skipped" in log and "back to step 11" in log
     for name in ("weights", "average"):
@@ -131,9 +131,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(pictures, small, tmp_path, monkey
 def test_the_second_trainer_is_refused_and_told_of_the_first(pictures, small, tmp_path):
     out = tmp_path / "run"
     start(pictures, out, small, "--steps", "2")
-    run = Run.open(out)
-    run.write_status("training")
-    with run.lock(), pytest.raises(UserError, match=rf"trained by process {__import__('os').getpid()} on "):
+    with lock(out), pytest.raises(UserError, match=rf"trained by process {__import__('os').getpid()} on "):
         train(TrainOptions(resume=out))
 
 
@@ -171,5 +169,5 @@ def test_bf16_is_active_when_asked_for(pictures, small, tmp_path):
     denoise = learner.model.bind(None)
     images = torch.zeros(1, 3, 16, 16)
     precision.assert_active(learner.model, lambda: denoise(images, torch.tensor(0.0)))
-    with pytest.raises(AssertionError, match="bf16 was asked for"):
+    with pytest.raises(RuntimeError, match="bf16 was asked for"):
         precision.assert_active(learner.model, lambda: learner.model.denoiser(images, torch.tensor(0.0)))

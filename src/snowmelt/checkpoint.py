@@ -68,7 +68,10 @@ def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any]) -> P
         raise
     sync_directory(folder)
     for old in steps_saved(folder)[:-KEEP]:
-        shutil.rmtree(path_of(folder, old), ignore_errors=True)
+        # Under another name first, so that a kill half-way leaves no half checkpoint.
+        going = folder / f".writing-old-{old}"
+        path_of(folder, old).rename(going)
+        shutil.rmtree(going, ignore_errors=True)
     return final
 
 

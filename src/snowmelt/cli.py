@@ -28,12 +28,14 @@ first steps:
 
 def main() -> None:
     """Run the command line of this process and exit: 0 done, 2 a mistake told in a sentence, 128 + n signal n."""
-    if hasattr(os, "EX_OK"):
-        # A closed pipe (`| head`) ends the program quietly, as it does others.
-        import signal
-
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has gone (`| head`): nothing is left to say, also not at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -58,6 +60,17 @@ def run(arguments: list[str]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(
+            f"snowmelt: {error.filename or 'A file'}: {error.strerror or error}; mend that and try again.",
+            file=sys.stderr,
+        )
+        return 2
+    except MemoryError:
+        print("snowmelt: There is not enough memory; use a smaller --batch, --count or --size.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("snowmelt: interrupted", file=sys.stderr)
         return 130
@@ -92,4 +105,4 @@ def _option_names(kind: Any) -> list[str]:
     import dataclasses
 
     names = ["for" if field.name == "duration" else field.name for field in dataclasses.fields(kind)]
-    return [f"--{name.replace('_', '-')}" for name in names]
+    return [f"--{name.replace('_', '-')}" for name in names if name not in ("source", "run")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,6 +12,18 @@ from snowmelt.errors import UserError, nearest
 
 FORMAT = 1
 """Of run directories; a run with a higher one was written by a later version."""
+
+
+def _check_range(
+    section: str, values: object, *, least: dict[str, float] | None = None, above: dict[str, float] | None = None
+) -> None:
+    """Refuse numbers that are not finite, or too small; None is not checked."""
+    for bounds, word in ((least or {}, "at least"), (above or {}, "more than")):
+        for name, bound in bounds.items():
+            value = getattr(values, name)
+            if value is None or (math.isfinite(value) and (value > bound or (value == bound and bounds is least))):
+                continue
+            raise UserError(f"{section}.{name} is {value}; give {word} {bound:g}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +36,8 @@ class DataConfig:
     """1 for grey, 3 for colour."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their labels; none for unlabelled pictures."""
+    counts: tuple[int, ...] = ()
+    """Training pictures of each class."""
     std: float = 0.5
     """Standard deviation of the training pixels in [-1, 1] units."""
     fingerprint: str = ""
@@ -81,6 +96,10 @@ class DiffusionConfig:
     label_dropout: float = 0.1
     """Share of training labels hidden from the network, so that it also learns to draw without a class."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"diffusion.label_dropout is {self.label_dropout}; give a share from 0 to 1.")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -109,6 +128,12 @@ class TrainingConfig:
     precision: str = "fp32"
     threads: int = 1
     """CPU threads of the arithmetic; part of the run, since other counts round differently."""
+
+    def __post_init__(self) -> None:
+        _check_range("training", self, least={"steps": 1, "seconds": 1, "batch": 1, "warmup": 0, "threads": 1})
+        _check_range("training", self, least={"weight_decay": 0}, above={"learning_rate": 0, "decay": 0, "clip": 0})
+        if not 0 < self.average < 0.28:
+            raise UserError(f"training.average is {self.average}; give a share between 0 and 0.28, such as 0.1.")
 
 
 @dataclasses.dataclass(frozen=True)

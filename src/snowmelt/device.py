@@ -40,7 +40,8 @@ class Precision:
             run()
         finally:
             hook.remove()
-        assert seen and seen[0] == DTYPES[self.name], f"precision {self.name} was asked for but {seen} is active"
+        if not seen or seen[0] != DTYPES[self.name]:
+            raise RuntimeError(f"precision {self.name} was asked for but {seen} is active")
 
 
 def pick_device(name: str = "auto") -> torch.device:

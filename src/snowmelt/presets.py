@@ -18,12 +18,10 @@ def network_for(data: DataConfig) -> UNetConfig:
     return next(network for size, network in WIDTHS if data.size <= size)
 
 
-def training_for(data: DataConfig, *, steps: int | None, seconds: float | None) -> TrainingConfig:
+def training_for(data: DataConfig) -> TrainingConfig:
     """How to train on pictures of this size."""
     small = data.size <= 40
-    return TrainingConfig(
-        steps=steps, seconds=seconds, batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3
-    )
+    return TrainingConfig(batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3)
 
 
 def threads_for(data: DataConfig, available: int) -> int:

@@ -65,7 +65,7 @@ class Run:
     def data(self) -> Path:
         """The prepared dataset: the run's own, or the one it was pointed at."""
         own = self.path / "data"
-        return own if own.exists() else Path(self.config.request["source"])
+        return own if own.exists() else Path(str(self.config.request.get("source", own)))
 
     def folder(self, name: str) -> Path:
         """A sub-folder, made when it is not there."""
@@ -97,13 +97,15 @@ class Run:
     def status(self) -> dict[str, Any]:
         """What the run last said of itself; empty before it said anything."""
         try:
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            said = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return {}
+        return said if isinstance(said, dict) else {}
 
     def write_status(self, state: str, **about: Any) -> None:
-        """Say what the run is doing: `state` is training, stopped, finished or failed."""
-        status = {"state": state, **about, "pid": os.getpid(), "host": socket.gethostname()}
+        """Say what the run is doing: `state` is training, stopped, finished or failed; counters stay as last said."""
+        before = {key: value for key, value in self.status().items() if key != "error"}
+        status = {**before, "state": state, **about, "pid": os.getpid(), "host": socket.gethostname()}
         write_atomic(self.path / "status.json", json.dumps(status, indent=1))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -112,38 +114,48 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        """All lines of metrics.jsonl; one that a kill cut short is left out."""
         try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return [fields for line in lines if (fields := _metrics_line(line))]
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines after `step`, which a resumed run writes again."""
         kept = [json.dumps(line) for line in self.metrics() if line["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
-    @contextmanager
-    def lock(self) -> Generator[None]:
-        """Hold the run for writing; the system lets go when the process ends, however it ends.
 
-        Raises:
-            UserError: another process trains this run; the sentence names it.
-        """
-        lock = filelock.FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout as error:
-            owner = self.status()
-            raise UserError(
-                f"{self.path} is being trained by process {owner.get('pid', '?')} on {owner.get('host', '?')}; "
-                "wait for it, stop it, or choose another --out."
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
+def _metrics_line(line: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) and isinstance(fields.get("step"), int) else {}
+
+
+@contextmanager
+def lock(path: Path) -> Generator[None]:
+    """Hold the directory of a run for writing; the system lets go when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it; the sentence names it.
+    """
+    held = filelock.FileLock(path / ".lock", timeout=0)
+    owner = path / ".owner"
+    try:
+        held.acquire()
+    except filelock.Timeout as error:
+        first = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise UserError(
+            f"{path} is being trained by {first}; wait for it, stop it, or choose another --out."
+        ) from error
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        held.release()
 
 
 def is_run(path: Path) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import math
+import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,13 +20,14 @@ from snowmelt.files import write_atomic
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
-    from snowmelt.diffusion.samplers import Step
     from snowmelt.models.base import Drawing, Model
     from snowmelt.run import Run
     from snowmelt.shapes import Images
 
 MOMENTS = 12
 """Columns of a strip."""
+MOST = 100_000
+"""Pictures in one call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +47,13 @@ class SampleOptions:
     classes: tuple[str, ...] = ()
     """Classes by name, used in turn; all of them in turn when not given."""
     unconditional: bool = False
-    """Draw without classes from a run that has them."""
+    """Let chance choose the class of each picture, as often as the training pictures have it."""
     sampler: str = "ddim"
     """ddim (no fresh noise) or ddpm (fresh noise at every step)."""
     steps: int = 50
     """Evaluations of the network for each picture."""
     guidance: float = 1.0
-    """How strongly to hold to the class: 1 is plain, 2 to 4 exaggerates it."""
+    """How strongly to hold to the class: 1 is plain, 2 to 4 exaggerates it, 0 forgets it."""
     schedule: str | None = None
     """Noise schedule that spaces the steps; the one of the training when not given."""
     grid: bool = False
@@ -92,22 +96,23 @@ def sample(options: SampleOptions) -> list[Path]:
     from snowmelt.pictures import moments_of, save_png, sheet, strip
     from snowmelt.run import Run
 
-    run = Run.open(options.run)
+    run = Run.open(Path(options.run))
     wanted = _wanted(options, run)
 
     drawing = Drawing(options.sampler, options.steps, options.guidance, options.schedule)
     check_drawing(drawing)
     model, checkpoint = run.load_model(make_precision(pick_device(options.device), options.precision))
-    out = options.out or run.folder("samples")
+    facts = _facts(run, checkpoint, options)
+    out = Path(options.out or run.path / "samples")
     _make(out)
     shown = moments_of(options.steps, MOMENTS - 1) if options.strip else []
     files: list[Path] = []
-    moments: list[list[Images]] = []
-    for group, steps in _drawn(run, model, wanted, drawing, options):
-        kept = [step.x for index, step in enumerate(steps) if index in shown]
-        moments.append([*kept, steps[-1].x0])
-        files += _write(out, group, steps[-1].x0, _facts(run, checkpoint, options))
-    columns = [torch.cat(parts) for parts in zip(*moments, strict=True)]
+    sheets: list[list[Images]] = []
+    for group, moments in _drawn(run, model, wanted, drawing, options.batch, shown):
+        files += _write(out, group, moments[-1], facts)
+        if options.grid or options.strip:
+            sheets.append(moments)
+    columns = [torch.cat(parts) for parts in zip(*sheets, strict=True)]
     if options.grid:
         files.append(save_png(out / "grid.png", sheet(columns[-1], _columns(wanted), smallest=64)))
     if options.strip:
@@ -121,33 +126,61 @@ def _wanted(options: SampleOptions, run: Run) -> list[Wanted]:
     for name in ("count", "steps", "batch"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; give at least 1.")
+    if options.count * len(options.seeds) > MOST:
+        raise UserError(f"--count {options.count} is more than {MOST:,} pictures; draw them in parts, with --first.")
     if options.first < 0:
         raise UserError(f"--first is {options.first}; pictures are numbered from 0.")
+    if not math.isfinite(options.guidance):
+        raise UserError(f"--guidance is {options.guidance}; give a number such as 1 or 2.")
     names = run.config.data.classes
     if options.classes and not names:
         raise UserError(f"{options.run} was trained without classes; leave --classes away.")
     if options.classes and options.unconditional:
         raise UserError("--classes and --unconditional exclude each other; give one.")
-    if options.guidance != 1 and (options.unconditional or not names):
+    if options.guidance != 1 and not names:
         raise UserError("--guidance holds a picture to its class, and there is none here; leave it away.")
     labels = {name: label for label, name in enumerate(names)}
     turn = [choose(labels, name, "class") for name in options.classes] or list(labels.values())
+    pick = _by_chance(run.config.data.counts) if options.unconditional and names else _in_turn(turn)
     numbers = range(options.first, options.first + options.count)
-    with_class = bool(turn) and not options.unconditional
-    return [Wanted(seed, i, turn[i % len(turn)] if with_class else None) for seed in options.seeds for i in numbers]
+    return [Wanted(seed, number, pick(seed, number)) for seed in options.seeds for number in numbers]
+
+
+def _in_turn(turn: list[int]) -> Callable[[int, int], int | None]:
+    return lambda _seed, number: turn[number % len(turn)] if turn else None
+
+
+def _by_chance(counts: tuple[int, ...]) -> Callable[[int, int], int | None]:
+    """A class for every picture, drawn by its seed and number as often as the training pictures have it.
+
+    A picture of a random class is a picture without a given class, p(x) = sum_c p(c) p(x | c); it is better than what
+    the network draws when it is told nothing, which it has practised on a tenth of the pictures only.
+    """
+    import torch
+
+    from snowmelt.seeds import generator
+
+    shares = torch.tensor(counts, dtype=torch.float64)
+
+    def pick(seed: int, number: int) -> int:
+        return int(torch.multinomial(shares, 1, generator=generator(seed, "class", number)))
+
+    return pick
 
 
 def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
 
 
 def _drawn(
-    run: Run, model: Model, wanted: list[Wanted], drawing: Drawing, options: SampleOptions
-) -> Iterator[tuple[list[Wanted], list[Step]]]:
-    """The pictures batch by batch, with every step of their way; progress over the steps."""
+    run: Run, model: Model, wanted: list[Wanted], drawing: Drawing, batch: int, shown: list[int]
+) -> Iterator[tuple[list[Wanted], list[Images]]]:
+    """Batch by batch the noisy images at the steps `shown` and, last, the pictures; progress over the steps."""
     import torch
     from rich.progress import track
 
@@ -155,14 +188,19 @@ def _drawn(
 
     data, device = run.config.data, model.precision.device
     shape = (data.channels, data.size, data.size)
-    groups = [wanted[start : start + options.batch] for start in range(0, len(wanted), options.batch)]
-    for index, group in enumerate(groups, 1):
+    groups = [wanted[start : start + batch] for start in range(0, len(wanted), batch)]
+    for number, group in enumerate(groups, 1):
         noise = noise_source([one.seed for one in group], [one.number for one in group], shape, device)
         labels = [one.label for one in group if one.label is not None]
-        cond = torch.tensor(labels, device=device) if labels else None
-        title = f"Drawing {len(wanted)} pictures, batch {index}/{len(groups)}"
-        way = model.sample(noise, cond, drawing)
-        yield group, list(track(way, title, drawing.steps, console=console(), transient=True))
+        way = model.sample(noise, torch.tensor(labels, device=device) if labels else None, drawing)
+        title = f"Drawing {len(wanted)} pictures, batch {number}/{len(groups)}"
+        moments: list[Images] = []
+        pictures = noise(0)
+        for index, step in enumerate(track(way, title, drawing.steps, console=console(), transient=True)):
+            pictures = step.x0
+            if index in shown:
+                moments.append(step.x)
+        yield group, [*moments, pictures]
 
 
 def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
@@ -205,7 +243,7 @@ def _command(note: dict[str, Any], one: Wanted, name: str | None) -> str:
     words = ["snowmelt", "sample", note["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
     for option in ("sampler", "steps", "guidance", "schedule", "precision"):
         words += [f"--{option}", note[option]]
-    words += ["--unconditional"] if name is None else ["--classes", name]
+    words += [] if name is None else ["--classes", name]
     return shlex.join(map(str, words))
 
 

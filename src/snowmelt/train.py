@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
 import time
 import tomllib
 from pathlib import Path
@@ -12,8 +14,8 @@ import tyro
 
 from snowmelt import __version__
 from snowmelt.config import Config, DataConfig, from_table, to_tables
-from snowmelt.errors import UserError
-from snowmelt.presets import network_for, training_for
+from snowmelt.errors import UserError, nearest
+from snowmelt.presets import check_size, network_for, training_for
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
 if TYPE_CHECKING:
@@ -81,7 +83,11 @@ class TrainOptions:
 
 
 PROCESS_OPTIONS = ("out", "resume", "device", "workers", "save_every")
-"""What may differ when the same command continues a run."""
+"""What may differ when a command continues a run."""
+DATA_OPTIONS = ("size", "color", "background", "fit", "classes")
+"""What only matters while pictures are prepared."""
+SECTIONS = ("network", "diffusion", "training")
+"""What --config may hold."""
 
 
 def train(options: TrainOptions) -> Run:
@@ -89,32 +95,50 @@ def train(options: TrainOptions) -> Run:
 
     Raises:
         UserError: for every mistake in the options, before anything is written.
+        Stopped: on Ctrl-C or SIGTERM, after saving.
     """
     started = time.monotonic()
     _check(options)
-    path = options.resume or options.out or Path("runs") / _name(str(options.source))
+    path = Path(options.resume or options.out or Path("runs") / _name(str(options.source)))
     run = _existing(path, options)
     say = console()
     if run is not None and run.status().get("state") == "finished":
         say.print(f"{path} is finished; draw from it with `snowmelt sample {path}`.", markup=False)
         return run
-    # From here on torch is needed; bad options have been refused without waiting for it.
+    overrides = _refuse_early(options) if run is None else {}
+    # From here on torch is needed; most mistakes have been refused without waiting for it.
+    from snowmelt.run import lock
     from snowmelt.training.session import Here, train_run
 
-    here = Here(options.device, options.workers, options.save_every)
-    if run is None:
-        run = _new(path, options)
-    log = Log(say, run.path / "log.txt")
-    report = train_run(run, here, log, started)
+    fresh = [parent for parent in (path, *path.parents) if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock(path):
+            log = Log(say, path / "log.txt")
+            run = _existing(path, options) or _new(path, options, overrides, log)
+            report = train_run(run, Here(options.device, options.workers, options.save_every), log, started)
+    except UserError:
+        _remove_new(path, fresh)
+        raise
     log(f"Wrote {report}")
     log(f"Finished in {words_of(time.monotonic() - started)}. Draw more with: snowmelt sample {run.path}")
     return run
 
 
+def _remove_new(path: Path, fresh: list[Path]) -> None:
+    """After a refusal leave nothing behind, unless there is a run by now: folders made for it go again."""
+    if fresh and not (path / "config.toml").exists():
+        shutil.rmtree(fresh[-1], ignore_errors=True)
+
+
 def _check(options: TrainOptions) -> None:
     if options.resume is not None:
-        if options.source is not None or options.out is not None:
-            raise UserError("--resume RUN continues a run as it was started; leave the source and --out away.")
+        kept = (*PROCESS_OPTIONS, "source")
+        fields = [field for field in dataclasses.fields(options) if field.name not in kept]
+        given = [_option(field.name) for field in fields if getattr(options, field.name) != field.default]
+        if options.source is not None or options.out is not None or given:
+            names = ", ".join(given) or "the source and --out"
+            raise UserError(f"--resume RUN continues a run as it was started; leave {names} away.")
     elif options.source is None:
         raise UserError("Name a folder of images to train on, or continue a run with --resume RUN.")
     if options.steps is not None and options.duration is not None:
@@ -123,12 +147,15 @@ def _check(options: TrainOptions) -> None:
         raise UserError(f"--steps {options.steps} trains nothing; give at least 1.")
     if options.duration is not None and seconds_of(options.duration) < SHORTEST:
         raise UserError(f"--for {options.duration} is too short to train anything; give at least {SHORTEST:.0f}s.")
-    for name, least in (("batch", 1), ("workers", 0), ("save_every", 0), ("learning_rate", 0)):
+    for name, least, most in (("batch", 1, 65536), ("workers", 0, 64), ("save_every", 0, math.inf)):
         value = getattr(options, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; give {least} or more.")
-    if options.precision == "fp16":
-        raise UserError("fp16 overflows in training and is very slow on a CPU; use --precision bf16 or fp32.")
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{_option(name)} is {value}; give {least} to {most}.")
+
+
+def _option(name: str) -> str:
+    """The option of a field, as it is typed."""
+    return "--" + {"duration": "for"}.get(name, name).replace("_", "-")
 
 
 def _name(source: str) -> str:
@@ -140,7 +167,14 @@ def _request(options: TrainOptions) -> dict[str, Any]:
     asked = {name: value for name, value in vars(options).items() if name not in PROCESS_OPTIONS and value is not None}
     if options.source is not None and not options.source.startswith("builtin:"):
         asked["source"] = str(Path(options.source).resolve())
-    return asked | ({"config": options.config.read_text(encoding="utf-8")} if options.config else {})
+    return asked | ({"config": _settings_text(options.config)} if options.config else {})
+
+
+def _settings_text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read ({error}).") from error
 
 
 def _existing(path: Path, options: TrainOptions) -> Run | None:
@@ -155,70 +189,103 @@ def _existing(path: Path, options: TrainOptions) -> Run | None:
         return Run.open(path)
     if is_run(path):
         run = Run.open(path)
-        asked, before = _request(options), run.config.request
+        asked, before = to_tables(_request(options)), run.config.request
         changed = sorted(name for name in asked.keys() | before.keys() if asked.get(name) != before.get(name))
         if changed:
-            names = ", ".join("--" + {"duration": "for"}.get(name, name).replace("_", "-") for name in changed)
             raise UserError(
-                f"{path} was started with other options ({names}); continue it with "
+                f"{path} was started with other options ({', '.join(map(_option, changed))}); continue it with "
                 f"`snowmelt train --resume {path}`, or choose another --out."
             )
         return run
     if path.is_file():
         raise UserError(f"{path} is a file; name a folder for the run with --out.")
-    if path.is_dir() and any(child.name not in ("data", ".lock") for child in path.iterdir()):
+    # A process that was killed before config.toml existed leaves these.
+    ours = ("data", "log.txt")
+    if path.is_dir() and any(child.name not in ours and child.name[0] != "." for child in path.iterdir()):
         raise UserError(f"{path} exists and is not a run; choose another --out.")
     return None
 
 
-def _new(path: Path, options: TrainOptions) -> Run:
+def _refuse_early(options: TrainOptions) -> dict[str, dict[str, Any]]:
+    """Refuse all that can be refused before the first byte is written; the person's settings, as tables."""
+    from snowmelt.data.prepared import is_prepared
+
+    overrides = _overrides(options)
+    trial = resolve(DataConfig(options.size or 32, 3), options, overrides)
+    if options.size is not None:
+        check_size(trial.data, trial.network)
+    if is_prepared(Path(str(options.source))):
+        fields = [field for field in dataclasses.fields(options) if field.name in DATA_OPTIONS]
+        given = [_option(field.name) for field in fields if getattr(options, field.name) != field.default]
+        if given:
+            raise UserError(f"{options.source} is prepared already; leave {', '.join(given)} away.")
+    from snowmelt.device import make_precision, pick_device
+    from snowmelt.models import check_names
+
+    check_names(trial)
+    device = pick_device(options.device)
+    if options.precision != "auto":
+        make_precision(device, options.precision)
+    return overrides
+
+
+def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log) -> Run:
     """Prepare the pictures and write a fully resolved run."""
     from snowmelt.data.prepared import is_prepared, open_prepared
     from snowmelt.device import pick_device
-    from snowmelt.models import check_names
-    from snowmelt.presets import check_size
     from snowmelt.run import Run
     from snowmelt.training.session import choose_precision
 
-    overrides, device = _overrides(options), pick_device(options.device)
-    # Everything that can be refused is, before the first byte is written.
-    trial = resolve(DataConfig(options.size or 32, 3), options, overrides)
-    check_names(trial)
-    if options.size is not None:
-        check_size(trial.data, trial.network)
     source = Path(str(options.source))
     data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options)
     config = resolve(_facts(data), options, overrides)
     check_size(config.data, config.network)
-    path.mkdir(parents=True, exist_ok=True)
-    config = choose_precision(config, data, device, options.precision, Log(console(), path / "log.txt"))
+    given = overrides["training"]
+    asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
+    device = pick_device(options.device)
+    config = choose_precision(config, data, device, asked=asked, threads=given.get("threads"), log=log)
     return Run.create(path, config)
 
 
 def _facts(data: Prepared) -> DataConfig:
-    return DataConfig(data.size, data.channels, data.classes, round(data.std, 6), data.fingerprint)
+    counts: tuple[int, ...] = ()
+    if data.labels is not None:
+        labels = data.labels[data.train].tolist()
+        counts = tuple(labels.count(label) for label in range(len(data.classes)))
+    return DataConfig(data.size, data.channels, data.classes, counts, round(data.std, 6), data.fingerprint)
 
 
 def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
     """The settings a person gave, as tables over the preset: those of --config, then those of the options."""
-    tables: dict[str, dict[str, Any]] = {}
+    tables: dict[str, Any] = {}
     if options.config is not None:
         try:
-            tables = tomllib.loads(options.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            tables = tomllib.loads(_settings_text(options.config))
+        except tomllib.TOMLDecodeError as error:
             raise UserError(f"--config {options.config} is not readable as TOML ({error}).") from error
+    for name, table in tables.items():
+        if name not in SECTIONS:
+            raise UserError(f"--config {options.config} has an unknown section {name!r}; {nearest(name, SECTIONS)}.")
+        if not isinstance(table, dict):
+            raise UserError(f"--config {options.config}: {name!r} must be a section, [{name}].")
     given = {
+        "network": {},
         "diffusion": {"schedule": options.schedule, "predicts": options.predicts, "weight": options.weight},
         "training": {
             "batch": options.batch,
             "optimizer": options.optimizer,
             "learning_rate": options.learning_rate,
+            "flip": options.flip or None,
+            "seed": options.seed,
+            "steps": options.steps,
+            "seconds": None if options.duration is None else seconds_of(options.duration),
         },
     }
-    for section, values in given.items():
-        known = {name: value for name, value in values.items() if value is not None}
-        tables[section] = {**tables.get(section, {}), **known}
-    return tables
+    known = {
+        section: {name: value for name, value in values.items() if value is not None}
+        for section, values in given.items()
+    }
+    return {section: {**tables.get(section, {}), **known[section]} for section in SECTIONS}
 
 
 def resolve(data: DataConfig, options: TrainOptions, overrides: dict[str, dict[str, Any]]) -> Config:
@@ -227,20 +294,16 @@ def resolve(data: DataConfig, options: TrainOptions, overrides: dict[str, dict[s
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
-    seconds = None if options.duration is None else seconds_of(options.duration)
-    if options.steps is None and seconds is None:
-        seconds = DEFAULT_SECONDS
-    training = training_for(data, steps=options.steps, seconds=seconds)
-    preset = Config(
-        data,
-        options.model,
-        network=network_for(data),
-        training=dataclasses.replace(training, flip=options.flip, seed=options.seed),
-        version=__version__,
-    )
-    tables = to_tables(preset)
+    tables = to_tables(Config(data, options.model, network_for(data), training=training_for(data), version=__version__))
     for section, values in overrides.items():
-        tables[section] = {**tables[section], **values} if section in ("network", "diffusion", "training") else values
+        tables[section] = {**tables[section], **values}
+    training = tables["training"]
+    if "steps" in training and "seconds" in training:
+        raise UserError("The training is given by steps and by time; leave one of them away.")
+    if "steps" not in training:
+        training.setdefault("seconds", DEFAULT_SECONDS)
+    training["seconds"] = training.get("seconds") and float(training["seconds"])
+    tables = to_tables(tables)
     config = from_table(Config, tables, str(options.config or "the options"))
     return dataclasses.replace(config, data=data, request=_request(options))
 

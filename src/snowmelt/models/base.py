@@ -56,6 +56,7 @@ class Update(NamedTuple):
     """What one step of a learner did."""
 
     losses: dict[str, float]
+    """By name; "loss" is the one that is shown."""
     finite: bool
     """False when a loss or gradient was not finite; the weights were then left as they were."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -92,9 +93,11 @@ class DiffusionLearner:
             labels = labels.masked_fill(hidden, len(self.config.data.classes))
         with self.model.precision.autocast():
             loss = self.loss(self.model.denoiser, images, log_snr, noise, cond=labels)
+        value = loss.item()
+        if not math.isfinite(value):
+            return Update({"loss": value}, finite=False)
         loss.backward()
-        finite = self.optimizer.step(learning_rate)
-        return Update({"loss": loss.item()}, finite)
+        return Update({"loss": value}, self.optimizer.step(learning_rate))
 
     def _levels(self, count: int, rng: torch.Generator) -> Levels:
         """Random levels, one from each of `count` equal slices of time, in random order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from snowmelt import checkpoint
 from snowmelt.data.stream import Stream
 from snowmelt.ema import Average
 from snowmelt.errors import Stopped, UserError
+from snowmelt.files import write_atomic
 from snowmelt.models.base import Learner
 from snowmelt.run import Run
 from snowmelt.seeds import generator
@@ -52,7 +54,8 @@ def fit(session: Session, progress: Progress) -> Progress:
 
     Raises:
         Stopped: a signal came; everything is saved.
-        UserError: the disk is full, or the run diverged beyond help.
+        UserError: the run diverged beyond help.
+        OSError: something could not be written; see `not_written`.
     """
     plan, watch, seed = session.plan, session.watch, session.run.config.training.seed
     save(session, progress)
@@ -72,11 +75,14 @@ def fit(session: Session, progress: Progress) -> Progress:
             session.average.update(progress.step)
             progress.in_a_row = 0
         else:
+            rollbacks = progress.rollbacks
             progress = skipped(session, progress)
-        durations = [*durations[-99:], time.monotonic() - begin]
-        trained += durations[-1]
+            if progress.rollbacks > rollbacks:
+                continue
         progress.elapsed = time.monotonic() - session.started
         watch.after_update(progress, update.losses, rate)
+        durations = [*durations[-99:], time.monotonic() - begin]
+        trained += durations[-1]
         if plan.decides_at(progress.step, trained):
             decide(session, progress, fmean(durations))
         watch.preview_if_due(progress)
@@ -100,6 +106,8 @@ def decide(session: Session, progress: Progress, per_step: float) -> None:
     if not watch.preview_seconds:
         watch.preview(progress)
         progress.elapsed = time.monotonic() - session.started
+        if session.stop.requested:
+            return
     plan.decide(
         progress.step,
         elapsed=progress.elapsed,
@@ -121,9 +129,11 @@ def skipped(session: Session, progress: Progress) -> Progress:
             f"Training diverged {ROLLBACKS + 1} times, with ever lower learning rates; "
             f"start again with a lower --learning-rate than {session.run.config.training.learning_rate:g}."
         )
+    # Written down first: a run killed before its next checkpoint must come back with the lower rate.
+    write_atomic(session.run.path / "rollbacks.json", json.dumps(progress.rollbacks + 1))
     back = restore(session)
-    back.rollbacks, back.rate_scale = progress.rollbacks + 1, progress.rate_scale / 2
-    back.skipped = progress.skipped
+    back.skipped, back.in_a_row = progress.skipped, 0
+    back.elapsed = time.monotonic() - session.started
     session.run.forget_metrics_after(back.step)
     session.log(
         f"Steps up to {progress.step} were not finite {BAD_STEPS} times in a row: back to step {back.step}, "
@@ -142,27 +152,23 @@ def groups_of(session: Session) -> checkpoint.Groups:
 
 
 def save(session: Session, progress: Progress) -> None:
-    """Write a checkpoint, unless the weights are not finite.
-
-    Raises:
-        UserError: the disk is full; the sentence says how much is needed.
-    """
+    """Write a checkpoint, unless the weights are not finite."""
     groups = groups_of(session)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in groups["weights"].values()):
         session.log(f"Step {progress.step} was not saved: weights are not finite.")
         return
     progress.elapsed = time.monotonic() - session.started
-    try:
-        checkpoint.save(session.run.checkpoints, progress.step, groups, progress.as_dict())
-        session.run.write_status("training", step=progress.step, images=progress.images)
-    except OSError as error:
-        raise disk_full(session.run, groups, error) from error
+    checkpoint.save(session.run.checkpoints, progress.step, groups, progress.as_dict())
+    session.run.write_status("training", step=progress.step, images=progress.images)
 
 
-def disk_full(run: Run, groups: checkpoint.Groups, error: OSError) -> Exception:
-    """The sentence for a disk without room; any other error as it is."""
+def not_written(run: Run, groups: checkpoint.Groups, error: OSError) -> UserError:
+    """The sentence for a disk that takes no more, full or otherwise."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
+        return UserError(
+            f"{error.filename or run.path} cannot be written ({error.strerror or error}); mend that and continue with "
+            f"`snowmelt train --resume {run.path}`."
+        )
     needed = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
     free = shutil.disk_usage(run.path).free
     kept = run.newest_checkpoint()
@@ -183,6 +189,9 @@ def restore(session: Session) -> Progress:
     if path is None:
         return Progress()
     progress = Progress.of(checkpoint.read_state(path))
+    rollbacks = session.run.path / "rollbacks.json"
+    if rollbacks.exists():
+        progress.rollbacks = int(rollbacks.read_text(encoding="utf-8"))
     tensors = {name: checkpoint.load(path, name) for name in ("weights", "average", "optimizer")}
     checkpoint.load_into(session.learner.model, tensors["weights"], path)
     session.average.load(tensors["average"])

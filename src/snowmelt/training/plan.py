@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snowmelt.config import TrainingConfig
+from snowmelt.errors import UserError
 from snowmelt.files import write_atomic
 
 AIM = 0.985
 """A run by time aims at this share of it, so that small surprises still fit."""
-TOLERANCE = 0.02
-"""The horizon moves when the run would end this share of the time away from the aim."""
+EARLIER, LATER = 0.03, 0.01
+"""The horizon moves when the run would end by more than these shares of the time before or after the aim."""
 MEASURE = 0.04
 """Share of the time that is trained before the horizon is fixed."""
 LOOKS = 16
@@ -42,10 +43,12 @@ class Plan:
         if config.steps is not None:
             return Plan(config, path, [(0, config.steps)])
         try:
-            decided = json.loads(path.read_text(encoding="utf-8"))
+            decided = [(int(step), int(horizon)) for step, horizon in json.loads(path.read_text(encoding="utf-8"))]
         except FileNotFoundError:
             decided = []
-        return Plan(config, path, [(step, horizon) for step, horizon in decided])
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged; put it back, or train again with another --out.") from error
+        return Plan(config, path, decided)
 
     def horizon(self, step: int) -> int | None:
         """The last step, as seen at `step`; None while a run by time is still measuring."""
@@ -100,7 +103,7 @@ class Plan:
         present = self.horizon(step)
         if present is not None:
             finish = elapsed + (present - step) * per_step + per_watch + ending
-            if abs(finish - AIM * budget) <= TOLERANCE * budget:
+            if -EARLIER * budget <= finish - AIM * budget <= LATER * budget:
                 possible = present
         self.decisions.append((step, max(step + 1, possible)))
         write_atomic(self.path, json.dumps(self.decisions))

@@ -16,13 +16,17 @@ class Progress:
     """Images seen."""
     elapsed: float = 0.0
     """Seconds of work in the run so far, over all its resumptions."""
-    rate_scale: float = 1.0
-    """Factor on the learning rate, halved by every rollback."""
     rollbacks: int = 0
+    """Returns to the last good state; each halves the learning rate."""
     skipped: int = 0
     """Updates skipped because they were not finite."""
     in_a_row: int = 0
     """Of these, how many just now."""
+
+    @property
+    def rate_scale(self) -> float:
+        """Factor on the learning rate."""
+        return 0.5**self.rollbacks
 
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint's state.json."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from snowmelt.config import Config
-from snowmelt.data.prepared import Prepared, open_prepared
-from snowmelt.data.stream import Stream
+from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
+from snowmelt.data.stream import Batch, Stream
 from snowmelt.device import Precision, available_threads, faster_precision, make_precision, pick_device
 from snowmelt.ema import Average
 from snowmelt.errors import Stopped, UserError
@@ -21,7 +21,7 @@ from snowmelt.presets import threads_for
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 from snowmelt.terminal import Log
-from snowmelt.training.loop import Session, fit, restore, stopped
+from snowmelt.training.loop import Session, fit, groups_of, not_written, restore, stopped
 from snowmelt.training.plan import Plan
 from snowmelt.training.progress import Progress
 from snowmelt.training.report import write_report
@@ -38,9 +38,11 @@ class Here:
     save_every: float = 60.0
 
 
-def choose_precision(config: Config, data: Prepared, device: torch.device, asked: str, log: Log) -> Config:
+def choose_precision(
+    config: Config, data: Prepared, device: torch.device, *, asked: str, threads: int | None, log: Log
+) -> Config:
     """The configuration with the precision and the threads settled: as asked, or as measured on this machine."""
-    threads = threads_for(config.data, available_threads())
+    threads = threads or threads_for(config.data, available_threads())
     torch.set_num_threads(threads)
     if asked != "auto":
         name = make_precision(device, asked).name
@@ -70,13 +72,18 @@ def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
         Stopped: on Ctrl-C or SIGTERM, after saving.
         UserError: see `fit`, `restore` and `open_prepared`.
     """
+    if not is_prepared(run.data):
+        source = run.config.request.get("source", "SOURCE")
+        raise UserError(
+            f"The prepared pictures of {run.path} are gone; put {run.path / 'data'} back, or make it again with "
+            f"`snowmelt prepare {source} --out {run.path / 'data'} --size {run.config.data.size}`."
+        )
     data = open_prepared(run.data)
     if data.fingerprint != run.config.data.fingerprint:
         raise UserError(f"The pictures in {run.data} are not the ones {run.path} was trained on; put those back.")
-    # The line of progress and the checkpoints belong to one process; signals are noted from here on.
-    with run.lock(), catch_signals() as stop:
+    with catch_signals() as stop:
+        session, progress = _set_up(run, data, here, log, stop, started)
         try:
-            session, progress = _set_up(run, data, here, log, stop, started)
             return _train(session, progress)
         except Stopped:
             run.write_status("stopped")
@@ -84,6 +91,10 @@ def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
         except UserError as error:
             _try_status(run, str(error))
             raise
+        except OSError as error:
+            sentence = not_written(run, groups_of(session), error)
+            _try_status(run, str(sentence))
+            raise sentence from error
 
 
 def _try_status(run: Run, error: str) -> None:
@@ -111,10 +122,14 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
     )
     watch = Watch(run, log, plan, learner, average, data, device, stop)
     session = Session(run, learner, average, stream, plan, watch, log, stop, device, here.save_every, started)
+    images, labels = stream.at(0)
+    one = Batch(images[:1], None if labels is None else labels[:1])
+    precision = learner.model.precision
+    precision.assert_active(learner.model, lambda: learner.held_out(one, generator(0, "check", device=device)))
     progress = restore(session)
+    run.forget_metrics_after(progress.step)
     if progress.step:
         session.started = time.monotonic() - progress.elapsed
-        run.forget_metrics_after(progress.step)
         log(f"Continuing {run.path} from step {progress.step}.")
     run.write_status("training", step=progress.step, images=progress.images)
     return session, progress
@@ -125,6 +140,8 @@ def _train(session: Session, progress: Progress) -> Path:
     try:
         with session.watch.live:
             progress = fit(session, progress)
+            if not any(line["step"] == progress.step for line in run.metrics() if "held_out_loss" in line):
+                session.watch.preview(progress)
             files = session.watch.finish()
             if session.stop.requested:
                 raise stopped(session, progress)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.live import Live
@@ -34,8 +36,10 @@ PREVIEW = Drawing(steps=15)
 FINAL = Drawing(steps=50)
 HELD_OUT = 64
 """Held-out pictures looked at for each preview."""
-WATCH_SHARE = 0.1
+WATCH_SHARE = 0.06
 """Of the time of a run that previews may take; the last one is always drawn."""
+STATUS_SECONDS = 2.0
+"""Between writes of status.json."""
 QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
 
@@ -56,6 +60,7 @@ class Watch:
     losses: list[float] = field(default_factory=list[float])
     speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=40))
     said: float = 0.0
+    written: float = 0.0
     preview_seconds: float = 0.0
     """Of the last preview."""
     drawing_seconds: float = 0.0
@@ -73,18 +78,16 @@ class Watch:
         horizon = self.plan.horizon(progress.step)
         self._say(progress, horizon)
         if progress.step % max(1, (horizon or LINES * 10) // LINES) == 0 or progress.step == 1:
-            finite = [loss for loss in self.losses if loss == loss and abs(loss) != float("inf")]
-            self.run.append_metrics(
-                {
-                    "step": progress.step,
-                    "images": progress.images,
-                    "loss": sum(finite) / max(1, len(finite)),
-                    "learning_rate": rate,
-                    "images_per_second": round(self.images_per_second(), 2),
-                    "seconds": round(progress.elapsed, 3),
-                    "memory": memory_in_use(self.device),
-                }
-            )
+            finite = [loss for loss in self.losses if isfinite(loss)]
+            line = {
+                "step": progress.step,
+                "images": progress.images,
+                "learning_rate": rate,
+                "images_per_second": round(self.images_per_second(), 2),
+                "seconds": round(progress.elapsed, 3),
+                "memory": memory_in_use(self.device),
+            }
+            self.run.append_metrics(line | ({"loss": fmean(finite)} if finite else {}))
             self.losses.clear()
 
     def images_per_second(self) -> float:
@@ -104,7 +107,9 @@ class Watch:
             self.live.update(Text(line))
         else:
             self.log.console.print(line, markup=False)
-        self.run.write_status("training", step=progress.step, horizon=horizon, images=progress.images)
+        if now - self.written >= STATUS_SECONDS:
+            self.written = now
+            self.run.write_status("training", step=progress.step, horizon=horizon, images=progress.images)
 
     def _line(self, progress: Progress, horizon: int | None) -> str:
         speed = self.images_per_second()
@@ -158,11 +163,10 @@ class Watch:
             moments = self._draw(FINAL)
         if moments is None:
             return []
-        folder = self.run.folder("samples")
         rows = range(0, len(moments[-1]), self._columns())
         return [
-            save_png(folder / "grid.png", sheet(moments[-1], self._columns(), smallest=64)),
-            save_png(folder / "strip.png", strip([moment[list(rows)][:10] for moment in moments], smallest=64)),
+            save_png(self.run.path / "grid.png", sheet(moments[-1], self._columns(), smallest=64)),
+            save_png(self.run.path / "strip.png", strip([moment[list(rows)][:10] for moment in moments], smallest=64)),
         ]
 
     def _measure(self, progress: Progress) -> None:
