@@ -54,6 +54,10 @@ def here(tmp_path, monkeypatch) -> Path:
     (tmp_path / "bad.toml").write_text("[training]\nlerning_rate = 1.0\n")
     (tmp_path / "type.toml").write_text('[training]\nbatch = "many"\n')
     (tmp_path / "no.toml").write_text("[[[")
+    (tmp_path / "section.toml").write_text("[data]\nsize = 8\n")
+    (tmp_path / "flat.toml").write_text("training = 5\n")
+    (tmp_path / "average.toml").write_text("[training]\naverage = 0.5\n")
+    (tmp_path / "steps.toml").write_text("[training]\nsteps = 5\n")
     return tmp_path
 
 
@@ -82,6 +86,15 @@ MISTAKES = {
     "wrong type": (["train", "good", "--config", "type.toml"], "type.toml"),
     "no TOML": (["train", "good", "--config", "no.toml"], "not readable as TOML"),
     "missing settings": (["train", "good", "--config", "nowhere.toml"], "nowhere.toml"),
+    "infinite rate": (["train", "good", "--learning-rate", "inf"], "training.learning_rate is inf"),
+    "no rate": (["train", "good", "--learning-rate", "nan"], "training.learning_rate is nan"),
+    "foreign section": (["train", "good", "--config", "section.toml"], "unknown section 'data'"),
+    "no section": (["train", "good", "--config", "flat.toml"], "must be a section, [training]"),
+    "no such average": (["train", "good", "--config", "average.toml"], "training.average is 0.5"),
+    "steps and time in settings": (["train", "good", "--for", "1m", "--config", "steps.toml"], "by steps and by time"),
+    "unknown optimizer": (["train", "good", "--optimizer", "adam"], "did you mean 'adamw'?"),
+    "too many workers": (["train", "good", "--workers", "10000"], "--workers is 10000"),
+    "resume with more": (["train", "--resume", "good", "--steps", "5"], "leave --steps away"),
     "resume nothing": (["train", "--resume", "nowhere"], "There is no run at nowhere"),
     "resume no run": (["train", "--resume", "good"], "good is not a run"),
     "resume and source": (["train", "good", "--resume", "good"], "leave the source and --out away"),

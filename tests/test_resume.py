@@ -19,7 +19,7 @@ pytest.importorskip("sklearn", reason="the built-in digits come with scikit-lear
 
 
 def train(out: Path, *more: str) -> int:
-    return cli(["train", "builtin:digits", "--out", str(out), "--steps", "40", *more])
+    return cli(["train", "builtin:digits", "--out", str(out), "--steps", "30", *more])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -31,14 +31,14 @@ def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, monkeypatch, precision):
 
     def interrupting(seed, purpose, *counters, **where):
         calls["train"] += purpose == "train"
-        if calls["train"] == 23:
+        if calls["train"] == 18:
             signal.raise_signal(signal.SIGINT)
             calls["train"] += 1
         return honest(seed, purpose, *counters, **where)
 
     monkeypatch.setattr(loop, "generator", interrupting)
     assert train(tmp_path / "parts", "--precision", precision) == 128 + signal.SIGINT
-    assert checkpoint.steps_saved(Run.open(tmp_path / "parts").checkpoints)[-1] == 23
+    assert checkpoint.steps_saved(Run.open(tmp_path / "parts").checkpoints)[-1] == 18
     assert train(tmp_path / "parts", "--precision", precision, "--workers", "3") == 0
     assert kill_resume.fingerprint(tmp_path / "whole") == kill_resume.fingerprint(tmp_path / "parts")
     lines = [Run.open(tmp_path / name).metrics() for name in ("whole", "parts")]
@@ -48,7 +48,7 @@ def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, monkeypatch, precision):
 
 
 def test_killed_again_and_again(capsys):
-    options = kill_resume.Options(kills=4, while_saving=2, steps=60, precision="fp32", save_every=0.05)
+    options = kill_resume.Options(kills=3, while_saving=2, steps=60, precision="fp32", save_every=0.05)
     assert kill_resume.main(options) == 0, capsys.readouterr().out
 
 

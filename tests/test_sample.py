@@ -11,7 +11,7 @@ from PIL import Image
 
 from snowmelt.cli import run as cli
 from snowmelt.run import Run
-from snowmelt.sample import SampleOptions, _wanted, sample
+from snowmelt.sample import SampleOptions, sample, wanted_pictures
 
 pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
 
@@ -81,12 +81,12 @@ def test_guidance_one_is_none_and_classes_matter(digits, tmp_path):
 def test_unconditional_pictures_have_classes_as_often_as_the_data(digits, tmp_path):
     options = SampleOptions(digits, unconditional=True, count=2000)
     run = Run.open(digits)
-    labels = [one.label for one in _wanted(options, run)]
+    labels = [one.label for one in wanted_pictures(options, run)]
     counts = np.bincount(labels, minlength=10)
     expected = 2000 * np.array(run.config.data.counts) / sum(run.config.data.counts)
     # Four standard errors of a share of 0.1 in 2,000 draws.
     assert (abs(counts - expected) < 4 * np.sqrt(expected * 0.9)).all()
-    again = [one.label for one in _wanted(dataclasses.replace(options, first=17, count=1), run)]
+    again = [one.label for one in wanted_pictures(dataclasses.replace(options, first=17, count=1), run)]
     assert again == [labels[17]], "the class of a picture does not depend on what is drawn beside it"
 
 

@@ -171,3 +171,75 @@ def test_bf16_is_active_when_asked_for(pictures, small, tmp_path):
     precision.assert_active(learner.model, lambda: denoise(images, torch.tensor(0.0)))
     with pytest.raises(RuntimeError, match="bf16 was asked for"):
         precision.assert_active(learner.model, lambda: learner.model.denoiser(images, torch.tensor(0.0)))
+
+
+def test_what_a_kill_before_the_run_existed_leaves_is_no_obstacle(pictures, small, tmp_path):
+    out = tmp_path / "run"
+    (out / "data.preparing").mkdir(parents=True)
+    assert start(pictures, out, small, "--steps", "2") == 2, "something of the person's own is respected"
+    (out / "data.preparing").rename(out / ".data.preparing-123")
+    (out / "log.txt").write_text("a line\n")
+    (out / ".config.toml.123.tmp").write_text("half")
+    assert start(pictures, out, small, "--steps", "2") == 0
+
+
+def test_a_torn_line_of_metrics_and_a_strange_status_do_no_harm(pictures, small, tmp_path):
+    out = tmp_path / "run"
+    start(pictures, out, small, "--steps", "3")
+    run = Run.open(out)
+    whole = run.metrics()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo{"step": 4}\n[]\n{"loss": 1}\n')
+    (out / "status.json").write_text("[1]")
+    assert run.metrics() == whole and run.status() == {}
+
+
+@pytest.mark.parametrize("where", ["metrics.jsonl", "previews"])
+def test_a_disk_that_fills_up_elsewhere_is_one_sentence(pictures, small, tmp_path, monkeypatch, capsys, where):
+    from snowmelt import pictures as sheets
+
+    def full(*_words: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "previews":
+        monkeypatch.setattr(sheets, "write_atomic", full)
+    else:
+        monkeypatch.setattr(Run, "append_metrics", full)
+    out = tmp_path / "run"
+    assert start(pictures, out, small, "--steps", "4") == 2
+    err = capsys.readouterr().err
+    assert "The disk is full" in err.splitlines()[-1] and "Traceback" not in err
+    monkeypatch.undo()
+    assert cli(["train", "--resume", str(out)]) == 0
+
+
+def test_pictures_that_are_gone_are_asked_for(pictures, small, tmp_path, capsys):
+    import shutil
+
+    out = tmp_path / "run"
+    start(pictures, out, small, "--steps", "2")
+    Run.open(out).write_status("stopped")
+    shutil.rmtree(out / "data")
+    assert cli(["train", "--resume", str(out)]) == 2
+    assert f"snowmelt prepare {pictures} --out {out / 'data'}" in capsys.readouterr().err
+
+
+def test_a_prepared_dataset_is_trained_on_where_it_is(pictures, small, tmp_path, capsys):
+    prepared = tmp_path / "prepared"
+    assert cli(["prepare", str(pictures), "--out", str(prepared)]) == 0
+    assert start(prepared, tmp_path / "run", small, "--steps", "2", "--size", "16") == 2
+    assert "is prepared already; leave --size away" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert start(prepared, tmp_path / "run", small, "--steps", "2") == 0
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_settings_win_over_what_is_chosen(pictures, tmp_path):
+    settings = tmp_path / "mine.toml"
+    settings.write_text('[network]\nchannels = [16]\nattention = [false]\n[training]\nsteps = 3\nprecision = "fp32"\n')
+    assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--config", str(settings)]) == 0
+    config = Run.open(tmp_path / "run").config
+    assert config.training.steps == 3 and config.training.seconds is None
+    assert config.network.channels == (16,) and config.training.precision == "fp32"
+    settings.unlink()
+    assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--config", str(settings)]) == 2

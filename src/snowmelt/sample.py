@@ -97,7 +97,7 @@ def sample(options: SampleOptions) -> list[Path]:
     from snowmelt.run import Run
 
     run = Run.open(Path(options.run))
-    wanted = _wanted(options, run)
+    wanted = wanted_pictures(options, run)
 
     drawing = Drawing(options.sampler, options.steps, options.guidance, options.schedule)
     check_drawing(drawing)
@@ -121,7 +121,7 @@ def sample(options: SampleOptions) -> list[Path]:
     return files
 
 
-def _wanted(options: SampleOptions, run: Run) -> list[Wanted]:
+def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
     """Every picture asked for, in order."""
     for name in ("count", "steps", "batch"):
         if getattr(options, name) < 1:

@@ -34,7 +34,7 @@ class Here:
     """What belongs to this process and not to the run."""
 
     device: str = "auto"
-    workers: int = 1
+    workers: int = 0
     save_every: float = 60.0
 
 
