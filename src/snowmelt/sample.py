@@ -141,7 +141,8 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
         raise UserError("--guidance holds a picture to its class, and there is none here; leave it away.")
     labels = {name: label for label, name in enumerate(names)}
     turn = [choose(labels, name, "class") for name in options.classes] or list(labels.values())
-    pick = _by_chance(run.config.data.counts) if options.unconditional and names else _in_turn(turn)
+    counts = run.config.data.counts or (1,) * len(names)
+    pick = _by_chance(counts) if options.unconditional and names else _in_turn(turn)
     numbers = range(options.first, options.first + options.count)
     return [Wanted(seed, number, pick(seed, number)) for seed in options.seeds for number in numbers]
 
