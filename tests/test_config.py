@@ -55,7 +55,7 @@ def test_what_is_written_is_read(tmp_path):
 
 @given(
     steps=st.none() | st.integers(1, 2**62),
-    rate=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
+    rate=st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False),
     classes=st.lists(st.text(st.characters(exclude_categories=["Cs"]))).map(tuple),
 )
 def test_any_values_survive(tmp_path_factory, steps, rate, classes):

@@ -14,16 +14,12 @@ FORMAT = 1
 """Of run directories; a run with a higher one was written by a later version."""
 
 
-def _check_range(
-    section: str, values: object, *, least: dict[str, float] | None = None, above: dict[str, float] | None = None
-) -> None:
-    """Refuse numbers that are not finite, or too small; None is not checked."""
-    for bounds, word in ((least or {}, "at least"), (above or {}, "more than")):
-        for name, bound in bounds.items():
-            value = getattr(values, name)
-            if value is None or (math.isfinite(value) and (value > bound or (value == bound and bounds is least))):
-                continue
-            raise UserError(f"{section}.{name} is {value}; give {word} {bound:g}.")
+def _require(section: str, values: object, names: tuple[str, ...], *, above: int) -> None:
+    """Refuse numbers that are not finite or not above a bound; None is not checked."""
+    for name in names:
+        value = getattr(values, name)
+        if value is not None and not (math.isfinite(value) and value > above):
+            raise UserError(f"{section}.{name} is {value}; give a number above {above}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +126,9 @@ class TrainingConfig:
     """CPU threads of the arithmetic; part of the run, since other counts round differently."""
 
     def __post_init__(self) -> None:
-        _check_range("training", self, least={"steps": 1, "seconds": 1, "batch": 1, "warmup": 0, "threads": 1})
-        _check_range("training", self, least={"weight_decay": 0}, above={"learning_rate": 0, "decay": 0, "clip": 0})
+        positive = ("steps", "seconds", "batch", "threads", "learning_rate", "decay", "clip")
+        _require("training", self, positive, above=0)
+        _require("training", self, ("warmup", "weight_decay"), above=-1)
         if not 0 < self.average < 0.28:
             raise UserError(f"training.average is {self.average}; give a share between 0 and 0.28, such as 0.1.")
 
