@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from snowmelt.data.pixels import to_images, to_pixels
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
-from snowmelt.device import Precision, available_threads
+from snowmelt.data.workers import cores
+from snowmelt.device import Precision
 from snowmelt.models.base import Drawing
 from snowmelt.prepare import PrepareOptions, prepare
 from snowmelt.run import Run
@@ -118,7 +119,7 @@ def draw(run: Run, labels: Labels | None, options: Options) -> Images:
 
 def main(options: Options) -> None:
     """Measure and print a table."""
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(cores())
     options.cache.mkdir(parents=True, exist_ok=True)
     network = trained(digits(options.train, options.cache), options.cache)
     test = digits(options.test, options.cache)

@@ -9,7 +9,9 @@ WIDTHS: tuple[tuple[int, UNetConfig], ...] = (
     # up to this size: the network. Small maps are cheap, so small pictures can afford more channels.
     (12, UNetConfig(channels=(32, 64), attention=(False, True))),
     (40, UNetConfig(channels=(32, 64, 64), attention=(False, False, True))),
-    (1024, UNetConfig(channels=(64, 96, 128), attention=(False, False, True), patch=2)),
+    # Larger ones enter in squares of pixels, so that the widest map stays about as large as those above.
+    (80, UNetConfig(channels=(32, 64, 128), attention=(False, False, True), patch=2)),
+    (1024, UNetConfig(channels=(64, 96, 128), attention=(False, False, True), patch=4)),
 )
 
 

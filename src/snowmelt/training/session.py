@@ -12,7 +12,8 @@ import torch
 from snowmelt.config import Config
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
 from snowmelt.data.stream import Batch, Stream
-from snowmelt.device import Precision, available_threads, faster_precision, make_precision, pick_device
+from snowmelt.data.workers import cores
+from snowmelt.device import Precision, faster_precision, make_precision, pick_device
 from snowmelt.ema import Average
 from snowmelt.errors import Stopped, UserError
 from snowmelt.models import build_learner
@@ -42,7 +43,7 @@ def choose_precision(
     config: Config, data: Prepared, device: torch.device, *, asked: str, threads: int | None, log: Log
 ) -> Config:
     """The configuration with the precision and the threads settled: as asked, or as measured on this machine."""
-    threads = threads or threads_for(config.data, available_threads())
+    threads = threads or threads_for(config.data, cores())
     torch.set_num_threads(threads)
     if asked != "auto":
         name = make_precision(device, asked).name
