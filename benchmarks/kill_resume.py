@@ -2,14 +2,16 @@
 
     python benchmarks/kill_resume.py --kills 20
 
-Kills come at random moments, some of them while a checkpoint is being written; every restart uses another number of
-loader threads. At the end weights, averages and optimizer state of both runs must be the same bytes.
+Kills come at random moments of training, some of them while a checkpoint is being written, some while the process
+starts; every restart uses another number of loader threads. At the end weights, averages and optimizer state of both
+runs must be the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import random
 import signal
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -48,12 +52,25 @@ def command(options: Options, run: Path, workers: int) -> list[str]:
     return [str(word) for word in words]
 
 
-def wait_for_save(process: subprocess.Popen[bytes], run: Path, limit: float) -> None:
-    """Return in the middle of a checkpoint being written, or when the process ended or time is up."""
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool], limit: float = 90) -> None:
+    """Return when the condition holds, the process ended, or time is up."""
     end = time.monotonic() + limit
-    while process.poll() is None and time.monotonic() < end:
-        if any((run / "checkpoints").glob(".writing-*")):
-            return
+    while process.poll() is None and time.monotonic() < end and not condition():
+        time.sleep(0.0005)
+
+
+def is_training(process: subprocess.Popen[bytes], run: Path) -> bool:
+    """Whether this process, not one before it, has begun to train."""
+    try:
+        status = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return status["pid"] == process.pid and status["state"] == "training"
+
+
+def is_saving(run: Path) -> bool:
+    """Whether a checkpoint of a step after the first is being written right now."""
+    return any(int(path.name.split("-")[1]) > 0 for path in (run / "checkpoints").glob(".writing-0*"))
 
 
 def fingerprint(run: Path) -> dict[str, str]:
@@ -67,12 +84,14 @@ def torment(options: Options, run: Path) -> tuple[int, int]:
     chance, kills, in_save = random.Random(options.seed), 0, 0  # noqa: S311
     while kills < options.kills:
         process = subprocess.Popen(command(options, run, workers=kills % 4), stderr=subprocess.DEVNULL)
-        if kills < options.while_saving:
-            time.sleep(4)
-            wait_for_save(process, run, limit=20)
+        if kills % 7 == 6:
+            time.sleep(chance.uniform(0, 5))
+        elif kills < options.while_saving:
+            wait_for(process, lambda: is_saving(run))
         else:
-            time.sleep(chance.uniform(1, 9))
-        in_save += any((run / "checkpoints").glob(".writing-*"))
+            wait_for(process, partial(is_training, process, run))
+            time.sleep(chance.uniform(0, 3))
+        in_save += is_saving(run)
         if process.poll() is not None:
             print(f"finished after {kills} kills; give more --steps for more of them")
             break

@@ -34,9 +34,9 @@ LINES = 200
 """Lines of metrics over a run."""
 PREVIEW = Drawing(steps=15)
 FINAL = Drawing(steps=50)
-HELD_OUT = 64
+HELD_OUT = 48
 """Held-out pictures looked at for each preview."""
-WATCH_SHARE = 0.06
+WATCH_SHARE = 0.08
 """Of the time of a run that previews may take; the last one is always drawn."""
 STATUS_SECONDS = 2.0
 """Between writes of status.json."""
