@@ -361,9 +361,11 @@ def test_a_file_that_vanishes_or_becomes_a_pipe_costs_one_line(tmp_path, monkeyp
 
 def test_interrupted_leaves_nothing_behind(tmp_path):
     source = tmp_path / "x.zip"
+    files = [zoo.encode(Image.fromarray(zoo.noise(number, 16)), "PNG") for number in range(50)]
     with zipfile.ZipFile(source, "w") as archive:
-        for number in range(3000):
-            archive.writestr(f"{number}.png", zoo.encode(Image.fromarray(zoo.noise(number % 50, 16)), "PNG"))
+        # Enough for seconds of work, so that the interrupt comes before the end also on a busy machine.
+        for number in range(20_000):
+            archive.writestr(f"{number}.png", files[number % 50])
     script = "import sys; from pathlib import Path; from snowmelt.prepare import *;"
     script += "prepare(PrepareOptions(sys.argv[1], out=Path(sys.argv[2])))"
     out = tmp_path / "new" / "out"

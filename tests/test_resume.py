@@ -57,7 +57,7 @@ def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, monkeypatch, precision):
 
 
 def test_killed_again_and_again(capsys):
-    options = kill_resume.Options(kills=3, while_saving=2, steps=60, precision="fp32", save_every=0.05)
+    options = kill_resume.Options(kills=2, while_saving=1, steps=40, precision="fp32", save_every=0.05)
     assert kill_resume.main(options) == 0, capsys.readouterr().out
 
 
