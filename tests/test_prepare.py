@@ -366,7 +366,9 @@ def test_interrupted_leaves_nothing_behind(tmp_path):
         # Enough for seconds of work, so that the interrupt comes before the end also on a busy machine.
         for number in range(20_000):
             archive.writestr(f"{number}.png", files[number % 50])
-    script = "import sys; from pathlib import Path; from snowmelt.prepare import *;"
+    # A process started in the background of a script is born deaf to SIGINT, and so would be its children.
+    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    script += "from pathlib import Path; from snowmelt.prepare import *;"
     script += "prepare(PrepareOptions(sys.argv[1], out=Path(sys.argv[2])))"
     out = tmp_path / "new" / "out"
     process = subprocess.Popen([sys.executable, "-c", script, source, out], stderr=subprocess.DEVNULL)
