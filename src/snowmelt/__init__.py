@@ -6,6 +6,8 @@ Names are imported when they are first used, so that importing Snowmelt costs no
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -39,3 +41,14 @@ def __getattr__(name: str) -> Any:
     # A verb's module bears the same name as its function: the function wins.
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps a verb's function under its name when its module, which bears the same name, is imported later."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_verb = isinstance(value, ModuleType) and name in _HOME_OF
+        super().__setattr__(name, getattr(value, name) if is_verb else value)
+
+
+sys.modules[__name__].__class__ = _Package
