@@ -1,8 +1,8 @@
 """The optimizer of a module's weights: Muon for matrices and kernels, AdamW for everything else; or AdamW for all.
 
 Muon replaces the momentum of a matrix by the nearest orthogonal one: no direction of the weights is left behind.
-On MNIST (28 px, 40,000 images seen, one seed each) the held-out loss was 0.342 with it and 0.353 with AdamW, at the same
-speed. The share of digits that a classifier was sure of, 92.5 % and 91.3 % of 400, is too few to tell them apart.
+On MNIST (28 px, 40,000 images seen, one seed each) the held-out loss was 0.342 with it and 0.353 with AdamW, at the
+same speed. The share of digits that a classifier was sure of, 92.5 % and 91.3 % of 400, is too few to tell them apart.
 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Loshchilov & Hutter 2017, arXiv:1711.05101.)
 """
 
