@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from snowmelt.config import TrainingConfig, UNetConfig
+from snowmelt.models.muon import Muon, orthogonal
 from snowmelt.models.optimizer import Optimizer
 from snowmelt.networks.unet import UNet
 
@@ -76,3 +78,32 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name):
     assert not optimizer.step(1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     assert not optimizer.tensors()
+
+
+def test_muon_is_that_of_torch():
+    """Ten steps beside `torch.optim.Muon`, which rounds to bfloat16 (0.4 %) in every product of five iterations."""
+    rng = torch.Generator().manual_seed(3)
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16)]
+    starts = [torch.randn(shape, generator=rng) for shape in shapes]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    mine = Muon(ours, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for optimizer in (mine, reference):
+        optimizer.param_groups[0]["lr"] = 0.01
+    for _ in range(10):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=rng)
+            other.grad = one.grad.clone()
+        mine.step()
+        reference.step()
+    for start, one, other in zip(starts, ours, theirs, strict=True):
+        moved = (other - start).norm()
+        assert (one - other).norm() < 0.02 * moved
+
+
+def test_the_iteration_makes_matrices_orthogonal():
+    """Every singular value ends between 0.7 and 1.2, where the quintic swings, whatever it was."""
+    matrices = torch.randn(3, 12, 30, generator=torch.Generator().manual_seed(0))
+    for given in (matrices, matrices.mT):
+        values = torch.linalg.svdvals(orthogonal(given))
+        assert values.min() > 0.65 and values.max() < 1.25

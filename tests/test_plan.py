@@ -119,10 +119,17 @@ def test_a_decision_is_on_disk_before_it_counts(tmp_path):
     assert plan.horizon(9) is None
 
 
-def test_a_run_out_of_time_ends_at_the_next_step(tmp_path):
+def test_a_run_out_of_time_ends_at_once(tmp_path):
+    """Also when a look at the clock falls on every step: each must not grant one step more."""
     plan = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=100.0))
-    plan.decide(10, elapsed=99.0, per_step=1.0, per_watch=0.0, ending=5.0)
-    assert plan.horizon(10) == 11
+    plan.decide(4, elapsed=10.0, per_step=10.0, per_watch=0.0, ending=5.0)
+    assert plan.horizon(4) == 12
+    step, elapsed = 4, 10.0
+    while not plan.finished(step):
+        step, elapsed = step + 1, elapsed + 40.0
+        if plan.decides_at(step, elapsed):
+            plan.decide(step, elapsed=elapsed, per_step=20.0, per_watch=0.0, ending=5.0)
+    assert elapsed <= 130.0
 
 
 @pytest.mark.parametrize("machine", [lambda s: 0.1 if s < 0.5 else 0.13, lambda s: 0.9], ids=["slows", "slow"])

@@ -8,10 +8,16 @@ import sys
 from typing import Any
 
 VERBS: dict[str, tuple[str, str, str]] = {
-    # verb: (module, options dataclass, what it does); the function bears the verb's name.
+    # verb: (module, options dataclass, what it does); the function bears the verb's name, or that after a colon.
+    # A verb of several kinds has a table of dataclasses, and the word after it picks one.
     "prepare": ("snowmelt.prepare", "PrepareOptions", "look through a folder, zip or tar of images and make it ready"),
     "train": ("snowmelt.train", "TrainOptions", "train a generator on pictures, or continue an interrupted run"),
     "sample": ("snowmelt.sample", "SampleOptions", "draw new pictures from a run"),
+    "import": ("snowmelt.exchange:import_run", "ImportOptions", "make a run of a network that diffusers saved"),
+    "export": ("snowmelt.exchange:export_run", "ExportOptions", "write a run for diffusers, or as ONNX"),
+    "explain": ("snowmelt.explain", "ExplainOptions", "show a photo turn to noise and, with a run, back"),
+    "edit": ("snowmelt.edit", "EDITS", "change a picture: fill in, vary, interpolate, invert, enlarge, restore"),
+    "evaluate": ("snowmelt.evaluate", "EvaluateOptions", "measure a run on pictures held out of its training"),
 }
 
 USAGE = """Snowmelt turns a folder of images into a generator.
@@ -91,18 +97,37 @@ def _call(verb: str, arguments: list[str]) -> int:
 
     from snowmelt.errors import UserError, choose, nearest
 
-    module_name, options_name, _ = choose(VERBS, verb, "verb")
+    home, options_name, _ = choose(VERBS, verb, "verb")
+    module_name, _, function_name = home.partition(":")
     module = importlib.import_module(module_name)
     kind: Any = getattr(module, options_name)
-    options, unknown = tyro.cli(kind, prog=f"snowmelt {verb}", args=arguments, return_unknown_args=True)
+    words = f"snowmelt {verb}"
+    if isinstance(kind, dict):
+        kind, words, arguments = _kind_of(verb, kind, arguments)
+    options, unknown = tyro.cli(kind, prog=words, args=arguments, return_unknown_args=True)
     if unknown:
-        raise UserError(f"snowmelt {verb} has no option {unknown[0]!r}; {nearest(unknown[0], _option_names(kind))}.")
-    getattr(module, verb)(options)
+        raise UserError(f"{words} has no option {unknown[0]!r}; {nearest(unknown[0], _option_names(kind))}.")
+    getattr(module, function_name or verb)(options)
     return 0
+
+
+def _kind_of(verb: str, kinds: dict[str, Any], arguments: list[str]) -> tuple[Any, str, list[str]]:
+    """The options of the kind named first, how it is called, and what comes after."""
+    from snowmelt.errors import UserError, choose
+
+    if not arguments:
+        raise UserError(f"snowmelt {verb} needs to know which kind; choose one of: {', '.join(kinds)}.")
+    if arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, kinds))
+        lines = [f"  {name:{width}}  {kind.__doc__.splitlines()[0]}" for name, kind in kinds.items()]
+        print(f"usage: snowmelt {verb} KIND ...      (snowmelt {verb} KIND --help explains a kind)\n\n" + "\n".join(lines))
+        raise SystemExit(0)
+    return choose(kinds, arguments[0], f"kind of {verb}"), f"snowmelt {verb} {arguments[0]}", arguments[1:]
 
 
 def _option_names(kind: Any) -> list[str]:
     import dataclasses
 
-    names = ["for" if field.name == "duration" else field.name for field in dataclasses.fields(kind)]
-    return [f"--{name.replace('_', '-')}" for name in names if name not in ("source", "run")]
+    short = {"duration": "for", "class_name": "class"}
+    fields = [field for field in dataclasses.fields(kind) if "Positional" not in str(field.type)]
+    return [f"--{short.get(field.name, field.name).replace('_', '-')}" for field in fields]

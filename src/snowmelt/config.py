@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from snowmelt.errors import UserError, nearest
+from snowmelt.errors import UserError, choose, nearest
 
 FORMAT = 1
 """Of run directories; a run with a higher one was written by a later version."""
@@ -55,8 +55,22 @@ class UNetConfig:
     groups: int = 8
     """Groups of every group normalization; divides all channels."""
     head_channels: int = 32
-    """Channels of one attention head."""
+    """Channels of one attention head; where a size has fewer channels, they are one head."""
     dropout: float = 0.0
+    embedding: str = "scale_shift"
+    """How level and class enter a residual block: scale_shift (of its second norm) or add (before that norm)."""
+    epsilon: float = 1e-5
+    """Added to the variance in every group normalization."""
+    halving: str = "centered"
+    """Padding of the convolutions that halve the size: centered (on all sides) or corner (right and below only)."""
+    sines_first: bool = False
+    """Whether the sines of the time come before the cosines."""
+    frequency_shift: float = 0.0
+    """Makes the lowest frequency of the time lower: 1 ends exactly at 1/10000."""
+    middle_attention: bool = True
+    """Whether there is attention between the way down and the way up."""
+    middle_groups: int | None = None
+    """Groups of the normalization before that attention: `groups` when not given, 0 for no normalization."""
 
     def __post_init__(self) -> None:
         if len(self.attention) != len(self.channels):
@@ -68,13 +82,32 @@ class UNetConfig:
             raise UserError("network.channels, blocks, patch, groups and head_channels must all be at least 1.")
         if any(width % self.groups for width in self.channels):
             raise UserError(f"network.channels {self.channels} must all be multiples of network.groups {self.groups}.")
-        # The smallest size always has attention, between the way down and the way up.
-        attended = [width for width, on in zip(self.channels, self.attention, strict=True) if on] + [self.channels[-1]]
-        if any(width >= self.head_channels and width % self.head_channels for width in attended):
+        if any(width >= self.head_channels and width % self.head_channels for width in self.attended):
             raise UserError(
                 f"network.channels {self.channels} must be multiples of network.head_channels {self.head_channels} "
                 "where there is attention, and at the smallest size."
             )
+        _require("network", self, ("epsilon",), above=0)
+        choose(dict.fromkeys(("scale_shift", "add")), self.embedding, "network.embedding")
+        choose(dict.fromkeys(("centered", "corner")), self.halving, "network.halving")
+        if self.channels[0] % 2 or self.channels[0] // 2 <= self.frequency_shift:
+            raise UserError(
+                f"network.channels begins with {self.channels[0]}; give an even number of more than twice "
+                f"network.frequency_shift {self.frequency_shift:g}."
+            )
+        if self.middle_groups is not None and (
+            self.middle_groups < 0 or (self.middle_groups and self.channels[-1] % self.middle_groups)
+        ):
+            raise UserError(
+                f"network.middle_groups is {self.middle_groups}; give 0 or a divisor of {self.channels[-1]}, the last "
+                "of network.channels."
+            )
+
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """The widths that attention works on; the last is that between the way down and the way up."""
+        widths = tuple(width for width, on in zip(self.channels, self.attention, strict=True) if on)
+        return widths + self.channels[-1:] * self.middle_attention
 
     @property
     def divisor(self) -> int:
@@ -87,14 +120,25 @@ class DiffusionConfig:
     """What is learnt: levels, prediction, weight."""
 
     schedule: str = "cosine"
+    betas: tuple[float, ...] = ()
+    """A table of betas in the place of `schedule`; the network is then told its step in this table."""
+    shift: float = 1.0
+    """Factor on sigma / alpha at every level: more noise for larger pictures."""
     predicts: str = "edm"
+    levels: str = "stratified"
+    """How training levels are drawn."""
     weight: str = "constant"
+    variance: str = "fixed"
+    """"learned": the network also learns the variance of DDPM's steps, for each pixel."""
     label_dropout: float = 0.1
     """Share of training labels hidden from the network, so that it also learns to draw without a class."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"diffusion.label_dropout is {self.label_dropout}; give a share from 0 to 1.")
+        _require("diffusion", self, ("shift",), above=0)
+        if self.variance not in ("fixed", "learned"):
+            raise UserError(f"diffusion.variance is {self.variance!r}; choose fixed or learned.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The run directory: the only channel between training, the command line and everything that looks on.
 
     config.toml   data/   status.json   plan.json   metrics.jsonl   checkpoints/   previews/   samples/   log.txt
-    curves.png   report.md
+    early/   evaluations/   curves.png   report.md
 
 Any reader may come, go or crash at any time: every file is replaced whole, and lines are appended whole.
 """
@@ -60,6 +60,11 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def early(self) -> Path:
+        """The folder of the one state that is kept from early in the training, to guide away from."""
+        return self.path / "early"
 
     @property
     def data(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import math
 import os
 import shlex
 from collections.abc import Callable, Iterator
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 MOMENTS = 12
 """Columns of a strip."""
+ROWS = 16
+"""Of a strip, at most."""
 MOST = 100_000
 """Pictures in one call."""
 
@@ -49,13 +50,29 @@ class SampleOptions:
     unconditional: bool = False
     """Let chance choose the class of each picture, as often as the training pictures have it."""
     sampler: str = "ddim"
-    """ddim (no fresh noise) or ddpm (fresh noise at every step)."""
+    """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md."""
     steps: int = 50
-    """Evaluations of the network for each picture."""
+    """Noise levels that are visited; most samplers ask the network once at each."""
+    schedule: str | None = None
+    """Noise schedule that the levels are taken from; the one of the training when not given."""
+    spacing: str | None = None
+    """time, log_snr or karras: how they are spaced; as suits the sampler when not given."""
+    levels: tuple[float, ...] = ()
+    """The levels themselves, as rising log-SNRs such as -8 -4 0 4 8, instead of --steps."""
+    variance: str | None = None
+    """Of ddpm's fresh noise: posterior, forward, analytic (measured on the training pictures) or learned."""
     guidance: float = 1.0
     """How strongly to hold to the class: 1 is plain, 2 to 4 exaggerates it, 0 forgets it."""
-    schedule: str | None = None
-    """Noise schedule that spaces the steps; the one of the training when not given."""
+    guide: str = "classifier_free"
+    """How: classifier_free, or projected, which keeps colours calm at high --guidance."""
+    away_from: str = "no_class"
+    """no_class, or early: away from what the network drew when it was young; that needs no classes."""
+    guidance_range: tuple[float, float] | None = None
+    """Guide only between these two log-SNRs, such as -4 4."""
+    guidance_rescale: float = 0.0
+    """Share, up to 1, by which the contrast that guidance adds is taken back."""
+    threshold: str = "clamp"
+    """clamp, dynamic or none: what keeps every guess within what a picture can show."""
     grid: bool = False
     """Also write all pictures as one sheet, grid.png."""
     strip: bool = False
@@ -91,24 +108,26 @@ def sample(options: SampleOptions) -> list[Path]:
     import torch
 
     from snowmelt.device import make_precision, pick_device
+    from snowmelt.evaluation.drawing import make_ready
     from snowmelt.models import check_drawing
     from snowmelt.models.base import Drawing
-    from snowmelt.pictures import moments_of, save_png, sheet, strip
+    from snowmelt.pictures import save_png, sheet, strip
     from snowmelt.run import Run
 
     run = Run.open(Path(options.run))
     wanted = wanted_pictures(options, run)
 
-    drawing = Drawing(options.sampler, options.steps, options.guidance, options.schedule)
-    check_drawing(drawing)
-    model, checkpoint = run.load_model(make_precision(pick_device(options.device), options.precision))
-    facts = _facts(run, checkpoint, options)
+    drawing = Drawing.of(options)
+    check_drawing(drawing, classes=bool(run.config.data.classes))
+    precision = make_precision(pick_device(options.device), options.precision)
+    model, checkpoint = run.load_model(precision)
+    make_ready(run, model, drawing)
+    facts = _facts(run, checkpoint, options, drawing)
     out = Path(options.out or run.path / "samples")
     _make(out)
-    shown = moments_of(options.steps, MOMENTS - 1) if options.strip else []
     files: list[Path] = []
     sheets: list[list[Images]] = []
-    for group, moments in _drawn(run, model, wanted, drawing, options.batch, shown):
+    for group, moments in _drawn(run, model, wanted, drawing, options.batch, strip=options.strip):
         files += _write(out, group, moments[-1], facts)
         if options.grid or options.strip:
             sheets.append(moments)
@@ -116,13 +135,15 @@ def sample(options: SampleOptions) -> list[Path]:
     if options.grid:
         files.append(save_png(out / "grid.png", sheet(columns[-1], _columns(wanted), smallest=64)))
     if options.strip:
-        files.append(save_png(out / "strip.png", strip([column[:16] for column in columns], smallest=64)))
+        files.append(save_png(out / "strip.png", strip([column[:ROWS] for column in columns], smallest=64)))
     console().print(f"Wrote {len(wanted)} pictures to {out}", markup=False)
     return files
 
 
 def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
     """Every picture asked for, in order."""
+    if options.levels and options.steps != SampleOptions.steps:
+        raise UserError("--levels and --steps exclude each other; give one.")
     for name in ("count", "steps", "batch"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; give at least 1.")
@@ -130,15 +151,11 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
         raise UserError(f"--count {options.count} is more than {MOST:,} pictures; draw them in parts, with --first.")
     if options.first < 0:
         raise UserError(f"--first is {options.first}; pictures are numbered from 0.")
-    if not math.isfinite(options.guidance):
-        raise UserError(f"--guidance is {options.guidance}; give a number such as 1 or 2.")
     names = run.config.data.classes
     if options.classes and not names:
         raise UserError(f"{options.run} was trained without classes; leave --classes away.")
     if options.classes and options.unconditional:
         raise UserError("--classes and --unconditional exclude each other; give one.")
-    if options.guidance != 1 and not names:
-        raise UserError("--guidance holds a picture to its class, and there is none here; leave it away.")
     labels = {name: label for label, name in enumerate(names)}
     turn = [choose(labels, name, "class") for name in options.classes] or list(labels.values())
     counts = run.config.data.counts or (1,) * len(names)
@@ -179,12 +196,13 @@ def _make(out: Path) -> None:
 
 
 def _drawn(
-    run: Run, model: Model, wanted: list[Wanted], drawing: Drawing, batch: int, shown: list[int]
+    run: Run, model: Model, wanted: list[Wanted], drawing: Drawing, batch: int, *, strip: bool
 ) -> Iterator[tuple[list[Wanted], list[Images]]]:
-    """Batch by batch the noisy images at the steps `shown` and, last, the pictures; progress over the steps."""
+    """Batch by batch the pictures, and before them, for a strip, the noisy images of its rows at `MOMENTS` moments."""
     import torch
     from rich.progress import track
 
+    from snowmelt.pictures import moments_of
     from snowmelt.seeds import noise_source
 
     data, device = run.config.data, model.precision.device
@@ -197,11 +215,11 @@ def _drawn(
         title = f"Drawing {len(wanted)} pictures, batch {number}/{len(groups)}"
         moments: list[Images] = []
         pictures = noise(0)
-        for index, step in enumerate(track(way, title, drawing.steps, console=console(), transient=True)):
+        for step in track(way, title, drawing.count, console=console(), transient=True):
             pictures = step.x0
-            if index in shown:
-                moments.append(step.x)
-        yield group, [*moments, pictures]
+            if strip:
+                moments.append(step.x[:ROWS])
+        yield group, [*(moments[index] for index in moments_of(len(moments), MOMENTS - 1)), pictures]
 
 
 def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
@@ -221,7 +239,7 @@ def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]
     return files
 
 
-def _facts(run: Run, checkpoint: Path, options: SampleOptions) -> dict[str, Any]:
+def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: Drawing) -> dict[str, Any]:
     """What determines a picture, beside its seed, number and class."""
     from snowmelt.checkpoint import read_state
 
@@ -230,10 +248,7 @@ def _facts(run: Run, checkpoint: Path, options: SampleOptions) -> dict[str, Any]
         "run": str(run.path),
         "checkpoint": checkpoint.name,
         "weights": read_state(checkpoint)["sha256"]["average"],
-        "sampler": options.sampler,
-        "steps": options.steps,
-        "guidance": options.guidance,
-        "schedule": options.schedule or run.config.diffusion.schedule,
+        "drawing": drawing.as_dict(),
         "precision": options.precision,
         "classes": run.config.data.classes,
     }
@@ -242,8 +257,8 @@ def _facts(run: Run, checkpoint: Path, options: SampleOptions) -> dict[str, Any]
 def _command(note: dict[str, Any], one: Wanted, name: str | None) -> str:
     """The line that draws this picture again."""
     words = ["snowmelt", "sample", note["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
-    for option in ("sampler", "steps", "guidance", "schedule", "precision"):
-        words += [f"--{option}", note[option]]
+    for option, value in {**note["drawing"], "precision": note["precision"]}.items():
+        words += [f"--{option.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
     words += [] if name is None else ["--classes", name]
     return shlex.join(map(str, words))
 

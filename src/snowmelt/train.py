@@ -55,11 +55,15 @@ class TrainOptions:
     classes: Literal["auto", "none"] = "auto"
     """auto takes sub-folders as classes where every image lies in one."""
     schedule: str | None = None
-    """Noise schedule: linear, cosine or flow."""
+    """Noise schedule: linear, scaled_linear, cosine, sigmoid, laplace, flow or edm."""
     predicts: str | None = None
     """What the network predicts: noise, image, v, velocity or edm."""
+    levels: str | None = None
+    """How training levels are drawn: stratified, uniform, lognormal, logitnormal or importance."""
     weight: str | None = None
-    """Weight of the loss by noise level: constant, simple or min_snr."""
+    """Weight of the loss by noise level: constant, simple, bound, min_snr, edm, sigmoid, p2 or learned."""
+    variance: str | None = None
+    """fixed, or learned: the network also learns the variance of DDPM's steps."""
     batch: int | None = None
     """Pictures in each step."""
     optimizer: str | None = None
@@ -271,7 +275,9 @@ def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
             raise UserError(f"--config {options.config}: {name!r} must be a section, [{name}].")
     given = {
         "network": {},
-        "diffusion": {"schedule": options.schedule, "predicts": options.predicts, "weight": options.weight},
+        "diffusion": {
+            name: getattr(options, name) for name in ("schedule", "predicts", "levels", "weight", "variance")
+        },
         "training": {
             "batch": options.batch,
             "optimizer": options.optimizer,

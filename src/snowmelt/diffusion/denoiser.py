@@ -66,27 +66,52 @@ class Denoiser(nn.Module):
     """Estimates the clean image in a noisy one.
 
     Args:
-        backbone: `net(x, time, cond)`, an x-shaped function; it is told the equivalent DDPM step, 0..999.
+        backbone: `net(x, time, cond)`, an x-shaped function, or one with twice the channels: the others then say how
+            sure it is (see `share`).
         predicts: a name of `PREDICTS`.
         data_std: standard deviation of the training images in [-1, 1] units; only the "edm" row reads it.
+        time_of: log_snr -> the number the backbone is told; the equivalent DDPM step, 0..999.
     """
 
-    def __init__(self, backbone: nn.Module, predicts: str, data_std: float = 0.5) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        predicts: str,
+        data_std: float = 0.5,
+        *,
+        time_of: Callable[[Tensor], Tensor] = ddpm_time,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.row = choose(PREDICTS, predicts, "prediction")
-        self.data_std = data_std
+        self.data_std, self.time_of = data_std, time_of
 
     def coefficients(self, log_snr: Tensor, like: Images) -> Coefficients:
         """The row at `log_snr`, shaped to multiply `like`."""
         return self.row(*alpha_sigma(log_snr, like), self.data_std)
 
-    def network(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
-        """F: what the backbone itself says about `x`, before the row turns it into an image."""
-        time = ddpm_time(log_snr.float()).expand(len(x))
+    def answer(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
+        """All that the backbone says about `x`."""
+        time = self.time_of(log_snr.float()).expand(x.shape[0])
         return self.backbone(self.coefficients(log_snr, x).c_in * x, time, cond).to(x.dtype)
+
+    def network(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
+        """F: the x-shaped part of it, before the row turns it into an image."""
+        return self.answer(x, log_snr, cond)[:, : x.shape[1]]
+
+    def image(self, x: Images, log_snr: Tensor, answer: Images) -> Images:
+        """x0 from an answer."""
+        _, c_skip, c_out = self.coefficients(log_snr, x)
+        return c_skip * x + c_out * answer[:, : x.shape[1]]
 
     def forward(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
         """x0: the expected clean image, given `x` at `log_snr` (one level, or one for each image)."""
-        _, c_skip, c_out = self.coefficients(log_snr, x)
-        return c_skip * x + c_out * self.network(x, log_snr, cond)
+        return self.image(x, log_snr, self.answer(x, log_snr, cond))
+
+
+def share(x: Images, answer: Images) -> Images:
+    """How far the variance of a step is from its smaller bound to its larger one, in [0, 1], for each pixel.
+
+    Of the second half of the channels of a backbone that learns variances; it says -1 for the smaller bound.
+    """
+    return (answer[:, x.shape[1] :] / 2 + 0.5).clamp(0, 1)

@@ -28,3 +28,11 @@ def add_noise(x0: Images, noise: Images, log_snr: Tensor) -> Images:
     """The noisy image x = alpha x0 + sigma noise: a draw of q(x | x0) at the level `log_snr`."""
     alpha, sigma = alpha_sigma(log_snr, x0)
     return alpha * x0 + sigma * noise
+
+
+def renoise(x: Images, log_snr: Tensor, noisier: Tensor, noise: Images) -> Images:
+    """Noise added: from `x` at `log_snr` a draw of q(x' | x) at the lower level `noisier`."""
+    alpha, _ = alpha_sigma(log_snr, x)
+    alpha_after, sigma_after = alpha_sigma(noisier, x)
+    share = -torch.expm1(noisier - log_snr)
+    return alpha_after / alpha * x + sigma_after * share.sqrt() * noise

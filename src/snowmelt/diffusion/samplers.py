@@ -1,68 +1,165 @@
-"""Samplers: generators that walk a grid of levels from noise to picture.
+"""Samplers: generators that walk a path of levels from noise to picture.
 
     noise_hat = (x - alpha_l x0) / sigma_l
-    x' = alpha_m x0 + sigma_m (sqrt(1 - eta^2 c) noise_hat + eta sqrt(c) fresh),     c = 1 - exp(l - m)
+    x_m       = alpha_m x0 + sigma_m sqrt(1 - c) noise_hat + sqrt(variance) fresh,      c = 1 - exp(l - m)
 
-One formula for a step from level l to the cleaner m: eta = 1 draws from DDPM's posterior q(x_m | x_l, x0), eta = 0
-is DDIM. A sampler yields every step, so that progress, previews, trajectories and stopping early need no parameter.
-(Ho et al. 2020; Song et al. 2020, arXiv:2010.02502, equation 12.)
+is a step of DDPM from level l to the cleaner m, and its posterior q(x_m | x_l, x0) where the variance is sigma_m^2 c.
+Every other way to take the step is a `Form` of `multistep`, which says how earlier answers enter. A sampler yields
+every step, so that progress, previews, trajectories and stopping early need no parameter.
+(Ho et al. 2020; Song et al. 2020, arXiv:2010.02502; Karras et al. 2022, arXiv:2206.00364; and see `multistep`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeAlias
-
-import torch
 
 from snowmelt.diffusion.denoiser import Denoise
+from snowmelt.diffusion.grids import churned, restarted
+from snowmelt.diffusion.multistep import COUNTED, DATA, NOISE, Form, combined, fresh_scale, tau_of
 from snowmelt.diffusion.noise import alpha_sigma
+from snowmelt.diffusion.variance import Variance, fresh_share, posterior
+from snowmelt.diffusion.walk import Advance, Fresh, NoiseSource, Sampler, Step, evaluate, walk
 from snowmelt.shapes import Grid, Images, Level
-
-NoiseSource: TypeAlias = Callable[[int], Images]
-"""step -> standard normal noise for the whole batch."""
-
-
-class Step(NamedTuple):
-    """One moment of sampling: the noisy image, its level, and what the clean image is believed to be.
-
-    The `x0` of the last step is the result.
-    """
-
-    x: Images
-    log_snr: Level
-    x0: Images
-
-
-Sampler: TypeAlias = Callable[[Denoise, Images, Grid, NoiseSource], Iterator[Step]]
 
 
 def ancestral(
-    denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource, *, eta: float = 1.0
+    denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource, *, variance: Variance = posterior
 ) -> Iterator[Step]:
-    """Walk `log_snrs` from noise to picture; one evaluation of `denoise` for each level.
+    """DDPM: fresh noise at every step, as much as `variance` says."""
+    return walk(denoise, x, log_snrs, noise_source, _posterior_step(variance))
+
+
+def _posterior_step(variance: Variance) -> Advance:
+    def advance(step: Step, following: Level, fresh: Fresh) -> Images:
+        alpha, sigma = alpha_sigma(step.log_snr, step.x)
+        alpha_next, sigma_next = alpha_sigma(following, step.x)
+        kept = (1 - fresh_share(step.log_snr, following)).sqrt()
+        mean = alpha_next * step.x0 + sigma_next * kept * ((step.x - alpha * step.x0) / sigma)
+        return mean + variance(step.x, step.log_snr, following).sqrt() * fresh()
+
+    return advance
+
+
+def multistep(
+    denoise: Denoise,
+    x: Images,
+    log_snrs: Grid,
+    noise_source: NoiseSource,
+    *,
+    order: int = 1,
+    form: Form = DATA,
+    eta: float = 0.0,
+    corrected: bool = False,
+) -> Iterator[Step]:
+    """Steps that use the last `order` answers; one evaluation for each level.
 
     Args:
-        x: the noisy images at the first level.
-        log_snrs: rising levels, one at least.
-        noise_source: asked for fresh noise by the number of the step, 1 for the first; not asked when eta is 0.
-        eta: 0 (DDIM, no fresh noise) to 1 (DDPM).
+        form: what is put between the levels: `DATA`, `NOISE` or `COUNTED`.
+        eta: 0 (no fresh noise) to 1 (as much as DDPM); the noise forms know 0 only.
+        corrected: before each step take the last one again, now knowing the answer at its end (UniPC).
     """
-    # Levels stay on the CPU in double precision: differences of neighbours are small, and not every device has doubles.
-    levels = log_snrs.to("cpu", torch.float64)
-    for index, level in enumerate(levels):
-        x0 = denoise(x, level.to(x.device, x.dtype))
-        yield Step(x, level, x0)
-        if index + 1 < len(levels):
-            following = levels[index + 1]
-            alpha, sigma = alpha_sigma(level, x)
-            alpha_next, sigma_next = alpha_sigma(following, x)
-            fresh_share = -torch.expm1(level - following) * eta**2
-            noise = (1 - fresh_share).sqrt() * ((x - alpha * x0) / sigma)
-            if eta:
-                noise = noise + fresh_share.sqrt() * noise_source(index + 1)
-            x = alpha_next * x0 + sigma_next * noise
+    before: deque[Step] = deque(maxlen=order)
+
+    def solved(start: Step, answers: list[Step], following: float, tau: float) -> Images:
+        weights = form.weights([float(one.log_snr) for one in answers], float(start.log_snr), following, tau)
+        return combined(weights, start.x, [form.value(one) for one in answers])
+
+    def advance(step: Step, following: Level, fresh: Fresh) -> Images:
+        if before and step.log_snr <= before[0].log_snr:
+            before.clear()
+        level, stop = float(step.log_snr), float(following)
+        if corrected and before:
+            step = step._replace(x=solved(before[0], [step, *before], level, 0.0))
+        before.appendleft(step)
+        tau = tau_of(eta, level, stop)
+        x = solved(step, list(before), stop, tau)
+        return x + fresh_scale(level, stop, tau) * fresh() if tau else x
+
+    return walk(denoise, x, log_snrs, noise_source, advance)
 
 
-SAMPLERS: dict[str, Sampler] = {"ddpm": partial(ancestral, eta=1.0), "ddim": partial(ancestral, eta=0.0)}
+def heun(denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource) -> Iterator[Step]:
+    """Euler's step, then the mean of the noise seen at both its ends: two evaluations for each level but the last."""
+
+    def advance(step: Step, following: Level, fresh: Fresh) -> Images:
+        level, stop = float(step.log_snr), float(following)
+        decay, (change,) = NOISE.weights([level], level, stop, 0.0)
+        noise = NOISE.value(step)
+        end = evaluate(denoise, decay * step.x + change * noise, following)
+        return decay * step.x + change * (noise + NOISE.value(end)) / 2
+
+    return walk(denoise, x, log_snrs, noise_source, advance)
+
+
+def heun_churn(
+    denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource, *, churn: float = 40.0
+) -> Iterator[Step]:
+    """EDM's stochastic sampler: a little noise added before every step of Heun; `churn` is S_churn."""
+    return heun(denoise, x, churned(log_snrs, churn), noise_source)
+
+
+def restart(
+    denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource, *, times: int = 2
+) -> Iterator[Step]:
+    """Heun, with the middle of the way taken `times` times more from added noise (Xu et al. 2023, arXiv:2306.14878)."""
+    return heun(denoise, x, restarted(log_snrs, times), noise_source)
+
+
+def predictor_corrector(
+    denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource, *, snr: float = 0.16
+) -> Iterator[Step]:
+    """A step of DDPM, then one of Langevin at the new level (Song et al. 2020, arXiv:2011.13456, algorithm 3).
+
+    Args:
+        snr: their r: Langevin's step is 2 (r sigma)^2, so that a share 4 r^2 of the noise is new.
+    """
+    predict = _posterior_step(posterior)
+
+    def advance(step: Step, following: Level, fresh: Fresh) -> Images:
+        x, _, x0 = evaluate(denoise, predict(step, following, fresh), following)
+        alpha, sigma = alpha_sigma(following, x)
+        kept = (1 - 4 * snr**2) ** 0.5
+        return alpha * x0 + kept * (x - alpha * x0) + 2 * snr * sigma * fresh()
+
+    return walk(denoise, x, log_snrs, noise_source, advance)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sampler as people choose it by name; called like the sampler itself."""
+
+    sampler: Sampler
+    grid: str
+    """A name of `GRIDS`: how its levels are spaced when nothing else is asked for."""
+    order: int | None
+    """With n levels its error is proportional to n^-order; None where fresh noise leaves no path to compare."""
+    about: str
+
+    def __call__(self, denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource) -> Iterator[Step]:
+        """See `walk`."""
+        return self.sampler(denoise, x, log_snrs, noise_source)
+
+
+_DDIM = partial(multistep, order=1)
+
+SAMPLERS: dict[str, Method] = {
+    "ddpm": Method(ancestral, "time", None, "fresh noise at every step"),
+    "ddim": Method(_DDIM, "time", 1, "no fresh noise"),
+    "euler": Method(_DDIM, "karras", 1, "DDIM: Euler's step on dx = noise d(sigma / alpha)"),
+    "euler_ancestral": Method(ancestral, "karras", None, "DDPM: Euler down to less than wanted, then noise"),
+    "heun": Method(heun, "karras", 2, "two evaluations for each level"),
+    "heun_churn": Method(heun_churn, "karras", None, "Heun with EDM's churn"),
+    "dpmpp_1s": Method(_DDIM, "log_snr", 1, "DPM-Solver++ of first order: DDIM"),
+    "dpmpp_2m": Method(partial(multistep, order=2), "log_snr", 2, "DPM-Solver++ from two answers"),
+    "dpmpp_3m": Method(partial(multistep, order=3), "log_snr", 3, "DPM-Solver++ from three answers"),
+    "dpmpp_2m_sde": Method(partial(multistep, order=2, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
+    "dpmpp_3m_sde": Method(partial(multistep, order=3, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
+    "unipc": Method(partial(multistep, order=3, corrected=True), "log_snr", 4, "three answers, each step corrected"),
+    "deis": Method(partial(multistep, order=3, form=NOISE), "log_snr", 3, "the noise of three answers"),
+    "ipndm": Method(partial(multistep, order=4, form=COUNTED), "karras", 2, "the noise of four, as if evenly spaced"),
+    "predictor_corrector": Method(predictor_corrector, "time", None, "DDPM, then Langevin at the same level"),
+    "restart": Method(restart, "karras", None, "Heun, the middle of the way taken again from added noise"),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,17 @@ import torch
 from snowmelt.config import Config
 from snowmelt.device import Precision
 from snowmelt.diffusion.denoiser import PREDICTS
+from snowmelt.diffusion.grids import GRIDS, given_grid
+from snowmelt.diffusion.guidance import GUIDANCES, THRESHOLDS
+from snowmelt.diffusion.levels import LEVELS
 from snowmelt.diffusion.loss import WEIGHTS
+from snowmelt.diffusion.noise import BOUND
 from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.schedules import SCHEDULES
-from snowmelt.errors import choose
+from snowmelt.diffusion.variance import VARIANCES
+from snowmelt.errors import UserError, choose
 from snowmelt.models.base import Drawing, Learner, Model
-from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel
+from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel, schedule_of
 from snowmelt.models.optimizer import OPTIMIZERS
 from snowmelt.seeds import generator
 
@@ -45,16 +51,39 @@ def build_learner(config: Config, precision: Precision) -> Learner:
 
 
 def check_names(config: Config) -> None:
-    """Refuse a configuration whose model, schedule, prediction, weight or optimizer is not one of the known ones."""
+    """Refuse a configuration whose names are not all known, or whose schedule is none."""
     choose(MODELS, config.model, "model")
-    choose(SCHEDULES, config.diffusion.schedule, "schedule")
-    choose(PREDICTS, config.diffusion.predicts, "prediction")
-    choose(WEIGHTS, config.diffusion.weight, "weight")
+    diffusion = config.diffusion
+    schedule_of(diffusion)
+    choose(PREDICTS, diffusion.predicts, "prediction")
+    choose(LEVELS, diffusion.levels, "distribution of levels")
+    choose(WEIGHTS, diffusion.weight, "weight")
     choose(OPTIMIZERS, config.training.optimizer, "optimizer")
+    if diffusion.predicts == "noise" and schedule_of(diffusion)(torch.ones(1)).item() < -2 * BOUND + 1:
+        raise UserError("Where nothing of the picture is left the noise says nothing of it; use --predicts v.")
 
 
-def check_drawing(drawing: Drawing) -> None:
-    """Refuse an unknown sampler or schedule."""
+def check_drawing(drawing: Drawing, *, classes: bool) -> None:
+    """Refuse names that are not known, levels that do not rise, and guidance by classes where there are none."""
     choose(SAMPLERS, drawing.sampler, "sampler")
+    choose(THRESHOLDS, drawing.threshold, "threshold")
+    choose(GUIDANCES, drawing.guide, "guide")
     if drawing.schedule is not None:
         choose(SCHEDULES, drawing.schedule, "schedule")
+    if drawing.spacing is not None:
+        choose(GRIDS, drawing.spacing, "spacing")
+    if drawing.variance is not None:
+        choose(dict.fromkeys((*VARIANCES, "analytic", "learned")), drawing.variance, "variance")
+    choose(dict.fromkeys(("no_class", "early")), drawing.away_from, "estimate to go away from")
+    if drawing.guidance != 1 and drawing.away_from == "no_class" and not classes:
+        raise UserError(
+            "--guidance holds a picture to its class, and there is none here; leave it away, or add --away-from early."
+        )
+    if drawing.levels:
+        given_grid(drawing.levels)
+    for name in ("guidance", "guidance_rescale"):
+        if not math.isfinite(getattr(drawing, name)):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(drawing, name)}; give a number such as 1 or 2.")
+    low, high = drawing.guidance_range or (0.0, 1.0)
+    if not low < high:
+        raise UserError(f"--guidance-range {low:g} {high:g} is empty; give a lower and a higher log-SNR, such as -4 4.")

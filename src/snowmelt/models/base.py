@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
-from snowmelt.diffusion.samplers import NoiseSource, Step
+from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.shapes import Labels
 
 
@@ -26,11 +26,47 @@ class Drawing:
     sampler: str = "ddim"
     """A name of `SAMPLERS`."""
     steps: int = 50
-    """Evaluations of the network for each picture."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance: 1 is none."""
+    """Levels that are visited; most samplers ask the network once at each."""
     schedule: str | None = None
-    """The schedule whose times the levels are spaced by; none: the one of the training."""
+    """The schedule that the levels are taken from; none: the one of the training."""
+    spacing: str | None = None
+    """A name of `GRIDS`: how they are spaced; none: as the sampler's `Method` says."""
+    levels: tuple[float, ...] = ()
+    """The levels themselves, as rising log-SNRs, in the place of all that."""
+    variance: str | None = None
+    """A name of `VARIANCES`, or "analytic" or "learned": how much fresh noise DDPM's steps draw."""
+    guidance: float = 1.0
+    """How far to go in the direction of guidance: 1 is none."""
+    guide: str = "classifier_free"
+    """A name of `GUIDANCES`: how to go there."""
+    away_from: str = "no_class"
+    """From which estimate: "no_class", or "early": that of an early state of the same run, which needs no classes."""
+    guidance_range: tuple[float, float] | None = None
+    """The log-SNRs between which guidance is at work; none: everywhere."""
+    guidance_rescale: float = 0.0
+    """Share by which the contrast that guidance adds is taken back."""
+    threshold: str = "clamp"
+    """A name of `THRESHOLDS`: what keeps the estimate where pictures are."""
+
+    @staticmethod
+    def of(options: object) -> Drawing:
+        """The drawing that a verb's options, fields of the same names, ask for."""
+        return Drawing(**{field.name: getattr(options, field.name) for field in fields(Drawing)})
+
+    @property
+    def count(self) -> int:
+        """Levels that are visited."""
+        return len(self.levels) or self.steps
+
+    def as_dict(self) -> dict[str, Any]:
+        """What differs from plain drawing, and the sampler and steps, as JSON has it."""
+        plain = Drawing()
+        chosen: dict[str, Any] = {"sampler": self.sampler} | ({} if self.levels else {"steps": self.steps})
+        for field in fields(Drawing):
+            value = getattr(self, field.name)
+            if value != getattr(plain, field.name):
+                chosen[field.name] = list(value) if isinstance(value, tuple) else value
+        return chosen
 
 
 class Model(nn.Module, abc.ABC):

@@ -3,29 +3,94 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from snowmelt.config import Config
+from snowmelt.config import Config, DiffusionConfig
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
-from snowmelt.diffusion.denoiser import Denoise, Denoiser
-from snowmelt.diffusion.guidance import clamped, classifier_free
-from snowmelt.diffusion.loss import WEIGHTS, denoising_loss
-from snowmelt.diffusion.noise import add_noise
-from snowmelt.diffusion.samplers import SAMPLERS, NoiseSource, Step
-from snowmelt.diffusion.schedules import SCHEDULES, time_grid
-from snowmelt.errors import choose
+from snowmelt.diffusion.denoiser import Denoise, Denoiser, share
+from snowmelt.diffusion.grids import GRIDS, check_grid, given_grid
+from snowmelt.diffusion.guidance import GUIDANCES, THRESHOLDS, once, rescaled, within
+from snowmelt.diffusion.levels import LEVELS, Drawn
+from snowmelt.diffusion.loss import WEIGHTS, denoising_losses
+from snowmelt.diffusion.noise import add_noise, alpha_sigma
+from snowmelt.diffusion.process import gaussian_kl
+from snowmelt.diffusion.samplers import SAMPLERS, ancestral
+from snowmelt.diffusion.schedules import SCHEDULES, Schedule, ddpm_betas, ddpm_time, linear, shifted, table, table_time
+from snowmelt.diffusion.variance import VARIANCES, Variance, fresh_share, interpolated, posterior
+from snowmelt.diffusion.walk import NoiseSource, Sampler, Step
+from snowmelt.errors import UserError, choose
 from snowmelt.models.base import Drawing, Model, Update
 from snowmelt.models.optimizer import Optimizer
+from snowmelt.networks.layers import sinusoids
 from snowmelt.networks.unet import UNet
-from snowmelt.shapes import Labels, Levels
+from snowmelt.shapes import Grid, Images, Labels, Levels
 
 HELD_OUT_LEVELS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 """Log-SNRs at which the held-out error is measured, from nearly all noise to nearly clean."""
+
+
+def schedule_of(config: DiffusionConfig) -> Schedule:
+    """The schedule of a configuration.
+
+    Raises:
+        UserError: there is no such schedule, or its betas are no schedule.
+    """
+    schedule = table(config.betas) if config.betas else choose(SCHEDULES, config.schedule, "schedule")
+    return schedule if config.shift == 1 else shifted(schedule, config.shift)
+
+
+class Certain(nn.Module):
+    """No uncertainty: every level's loss counts as it is."""
+
+    def forward(self, log_snr: Levels) -> Levels:
+        """0 for each."""
+        return torch.zeros_like(log_snr)
+
+
+class Uncertainty(nn.Module):
+    """u(l), learned so that the loss at every level is divided by what it usually is there: loss / e^u + u.
+
+    (Karras et al. 2023, arXiv:2312.02696, equation 14.)
+    """
+
+    WIDTH = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(self.WIDTH, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, log_snr: Levels) -> Levels:
+        """u for each level."""
+        return self.linear(sinusoids(ddpm_time(log_snr.float()), self.WIDTH)).flatten()
+
+
+class Bound:
+    """A denoiser with its class bound, that remembers its last answer for `variance`."""
+
+    def __init__(self, model: DiffusionModel, labels: Labels | None) -> None:
+        self.denoiser, self.precision, self.labels = model.denoiser, model.precision, labels
+        self.last: tuple[Images, Images] | None = None
+
+    def __call__(self, x: Images, log_snr: Tensor) -> Images:
+        """x0, in the precision of the run."""
+        with self.precision.autocast():
+            answer = self.denoiser.answer(x, log_snr, self.labels)
+        self.last = x, answer
+        return self.denoiser.image(x, log_snr, answer)
+
+    def variance(self, x: Images, log_snr: Tensor, following: Tensor) -> Images:
+        """The learned variance of the step: see `Variance`."""
+        if self.last is None or self.last[0] is not x:
+            self(x, log_snr.to(x.device, x.dtype))
+        assert self.last is not None
+        return interpolated(share(x, self.last[1]), x, log_snr, following)
 
 
 class DiffusionModel(Model):
@@ -34,35 +99,80 @@ class DiffusionModel(Model):
     def __init__(self, config: Config, precision: Precision) -> None:
         super().__init__()
         self.config, self.precision = config, precision
-        data = config.data
-        backbone = UNet(config.network, channels=data.channels, classes=len(data.classes))
-        self.denoiser = Denoiser(backbone, config.diffusion.predicts, data.std)
+        data, diffusion = config.data, config.diffusion
+        self.schedule = schedule_of(diffusion)
+        out = data.channels * (2 if diffusion.variance == "learned" else 1)
+        backbone = UNet(config.network, channels=data.channels, classes=len(data.classes), out=out)
+        betas = diffusion.betas or ddpm_betas()
+        self.denoiser = Denoiser(backbone, diffusion.predicts, data.std, time_of=partial(table_time, betas=betas))
+        self.uncertainty = Uncertainty() if diffusion.weight == "learned" else Certain()
+        self.variances: dict[str, Variance] = dict(VARIANCES)
+        """What `Drawing.variance` may name, but "learned"; an estimated one can be added."""
+        self.weaker: dict[str, Callable[[Labels | None], Denoise]] = {"no_class": lambda _labels: self.bind(None)}
+        """What `Drawing.away_from` may name; an early state of the same model can be added."""
 
-    def bind(self, labels: Labels | None) -> Denoise:
+    def bind(self, labels: Labels | None) -> Bound:
         """The denoiser with its class bound, computing in the run's precision; dropout is off."""
         self.eval()
+        return Bound(self, labels)
 
-        def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
-            with self.precision.autocast():
-                return self.denoiser(x, log_snr, labels)
+    def guided(self, plain: Denoise, labels: Labels | None, drawing: Drawing) -> Denoise:
+        """`plain` with the guidance and the threshold of `drawing`."""
+        denoise = plain = once(plain)
+        if drawing.guidance != 1:
+            without = choose(self.weaker, drawing.away_from, "estimate to go away from")(labels)
+            denoise = choose(GUIDANCES, drawing.guide, "guide")(plain, without, drawing.guidance)
+            if drawing.guidance_rescale:
+                denoise = rescaled(denoise, plain, drawing.guidance_rescale)
+            if drawing.guidance_range is not None:
+                denoise = within(denoise, plain, *drawing.guidance_range)
+        return choose(THRESHOLDS, drawing.threshold, "threshold")(denoise)
 
-        return denoise
+    def denoise(self, labels: Labels | None, drawing: Drawing) -> Denoise:
+        """The denoiser with its class, guidance and threshold bound."""
+        return self.guided(self.bind(labels), labels, drawing)
+
+    def grid(self, drawing: Drawing) -> Grid:
+        """The levels that `drawing` asks for.
+
+        Raises:
+            UserError: there is no such schedule or grid, or the levels do not rise.
+        """
+        if drawing.levels:
+            return given_grid(drawing.levels)
+        schedule = choose(SCHEDULES, drawing.schedule, "schedule") if drawing.schedule else self.schedule
+        spacing = drawing.spacing or choose(SAMPLERS, drawing.sampler, "sampler").grid
+        return check_grid(choose(GRIDS, spacing, "grid")(schedule, drawing.steps))
+
+    def sampler(self, drawing: Drawing, plain: Bound) -> Sampler:
+        """The sampler that `drawing` asks for; `plain` tells the variance where that is learned."""
+        method = choose(SAMPLERS, drawing.sampler, "sampler")
+        if drawing.variance is None:
+            return method
+        if method.sampler is not ancestral:
+            raise UserError(f"{drawing.sampler} has no variance to choose; leave it away, or take ddpm.")
+        if drawing.variance == "learned":
+            if self.config.diffusion.variance != "learned":
+                raise UserError("This run has not learned a variance; choose posterior, forward or analytic.")
+            return partial(ancestral, variance=plain.variance)
+        return partial(ancestral, variance=choose(self.variances, drawing.variance, "variance"))
 
     def sample(self, noise: NoiseSource, labels: Labels | None, drawing: Drawing) -> Iterator[Step]:
         """From noise to pictures, a step at a time: see `Model`."""
-        schedule = choose(SCHEDULES, drawing.schedule or self.config.diffusion.schedule, "schedule")
-        sampler = choose(SAMPLERS, drawing.sampler, "sampler")
-        denoise = self.bind(labels)
-        if labels is not None:
-            denoise = classifier_free(denoise, self.bind(None), drawing.guidance)
-        steps = sampler(clamped(denoise), noise(0), time_grid(schedule, drawing.steps), noise)
-        while True:
-            # Entered anew for every step, since a generator would carry it into its caller.
-            with torch.inference_mode():
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
+        plain = self.bind(labels)
+        walk = self.sampler(drawing, plain)
+        yield from quietly(walk(self.guided(plain, labels, drawing), noise(0), self.grid(drawing), noise))
+
+
+def quietly(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps, made without remembering what gradients would need."""
+    while True:
+        # Entered anew for every step, since a generator would carry it into its caller.
+        with torch.no_grad():
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 class DiffusionLearner:
@@ -71,8 +181,9 @@ class DiffusionLearner:
     def __init__(self, model: DiffusionModel) -> None:
         self.model = model
         self.config = model.config
-        self.schedule = choose(SCHEDULES, self.config.diffusion.schedule, "schedule")
-        self.loss = partial(denoising_loss, weight=choose(WEIGHTS, self.config.diffusion.weight, "weight"))
+        self.levels = choose(LEVELS, self.config.diffusion.levels, "distribution of levels")(model.schedule)
+        self.weight = choose(WEIGHTS, self.config.diffusion.weight, "weight")
+        self.learns_variance = self.config.diffusion.variance == "learned"
         self.optimizer = Optimizer(model, self.config.training)
 
     @property
@@ -86,26 +197,34 @@ class DiffusionLearner:
         # Dropout draws from torch's global generator; it too must be a function of (seed, step).
         torch.manual_seed(rng.initial_seed())
         images, labels = batch
-        log_snr = self._levels(len(images), rng)
+        drawn = self.levels.draw(len(images), rng)
         noise = torch.randn(images.shape, generator=rng, device=images.device)
         if labels is not None:
             hidden = torch.rand(len(labels), generator=rng, device=labels.device) < self.config.diffusion.label_dropout
             labels = labels.masked_fill(hidden, len(self.config.data.classes))
         with self.model.precision.autocast():
-            loss = self.loss(self.model.denoiser, images, log_snr, noise, cond=labels)
+            losses, variance = self._losses(images, labels, drawn, noise)
+        doubt = self.model.uncertainty(drawn.log_snr)
+        loss = (losses.float() / doubt.exp() + doubt + variance).mean()
         value = loss.item()
         if not math.isfinite(value):
             return Update({"loss": value}, finite=False)
         loss.backward()
-        return Update({"loss": value}, self.optimizer.step(learning_rate))
+        finite = self.optimizer.step(learning_rate)
+        if finite:
+            self.levels.observe(drawn, losses)
+        return Update({"loss": value}, finite)
 
-    def _levels(self, count: int, rng: torch.Generator) -> Levels:
-        """Random levels, one from each of `count` equal slices of time, in random order.
-
-        Every batch then sees all levels alike, which leaves less chance in the loss than free draws.
-        """
-        slices = torch.randperm(count, generator=rng, device=rng.device)
-        return self.schedule((slices + torch.rand(count, generator=rng, device=rng.device)) / count)
+    def _losses(self, x0: Images, labels: Labels | None, drawn: Drawn, noise: Images) -> tuple[Levels, Levels]:
+        """Of each picture: the denoising loss, and that of the variance."""
+        denoiser, log_snr = self.model.denoiser, drawn.log_snr
+        x = add_noise(x0, noise, log_snr)
+        answer = denoiser.answer(x, log_snr, labels)
+        losses = denoising_losses(denoiser, x0, drawn, x, answer, weight=self.weight)
+        variance = (
+            variance_losses(denoiser, x0, log_snr, x, answer) if self.learns_variance else torch.zeros_like(losses)
+        )
+        return losses, variance
 
     def held_out(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """The denoising error |x0_hat - x0|^2 per pixel at each of `HELD_OUT_LEVELS`, and the loss: see `Learner`."""
@@ -126,9 +245,26 @@ class DiffusionLearner:
         return errors
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Momenta and step counts: see `Learner`."""
-        return self.optimizer.tensors()
+        """Momenta and step counts, and what the levels have learned: see `Learner`."""
+        return {**self.optimizer.tensors(), **self.levels.tensors()}
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put them back."""
-        self.optimizer.load(tensors)
+        mine = self.levels.tensors()
+        self.levels.load({name: tensors[name] for name in mine})
+        self.optimizer.load({name: tensor for name, tensor in tensors.items() if name not in mine})
+
+
+def variance_losses(denoiser: Denoiser, x0: Images, log_snr: Levels, x: Images, answer: Images) -> Levels:
+    """(batch,) the bound's term for the step to the next cleaner level of DDPM's table, in bits per dimension.
+
+    The mean is held fixed, so that this teaches the variance only: the second part of L_hybrid of Nichol & Dhariwal
+    2021, equation 16, with its weight of 0.001 for each of the 1000 terms of the bound.
+    """
+    following = linear((ddpm_time(log_snr) - 1) / (len(ddpm_betas()) - 1))
+    alpha_next, _ = alpha_sigma(following, x0)
+    reach = alpha_next * fresh_share(log_snr, following).reshape(alpha_next.shape)
+    x0_hat = denoiser.image(x, log_snr, answer.detach())
+    true = posterior(x, log_snr, following)
+    kl = gaussian_kl(reach * x0, true, reach * x0_hat, interpolated(share(x, answer), x, log_snr, following))
+    return kl.flatten(1).mean(1) / math.log(2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from snowmelt.config import TrainingConfig
+from snowmelt.models.muon import Muon
 
 LEAST = 16
 """A matrix with fewer rows or columns (the layers next to the pixels) is left to AdamW."""
@@ -39,7 +40,7 @@ class Optimizer:
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         self.module, self.clip = module, config.clip
         self.sources = OPTIMIZERS[config.optimizer](module)
-        # torch's Muon takes matrices only: it is given views of the kernels that share their memory.
+        # Muon takes matrices only: it is given views of the kernels that share their memory.
         flat = {name: nn.Parameter(weight.data.flatten(1)) for name, weight in self.sources.items()}
         rest = {name: weight for name, weight in module.named_parameters() if name not in flat}
         self.updated = {**flat, **rest}
@@ -51,8 +52,7 @@ class Optimizer:
         # Fused, because it is the fastest on every device.
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)]
         if flat:
-            muon = torch.optim.Muon(flat.values(), weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-            self.parts.append(muon)
+            self.parts.append(Muon(flat.values(), weight_decay=decay))
 
     def step(self, learning_rate: float) -> bool:
         """Clip the gradients and step; if their norm is not finite leave every weight as it is and return False."""

@@ -7,6 +7,7 @@ pass between the two without a change.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -14,12 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def sinusoids(time: Float[Tensor, " batch"], width: int) -> Float[Tensor, "batch width"]:
-    """Cosines and sines of `time` at geometrically spaced frequencies from 1 to 1/10000 (Vaswani et al. 2017)."""
+def sinusoids(
+    time: Float[Tensor, " batch"], width: int, *, shift: float = 0.0, sines_first: bool = False
+) -> Float[Tensor, "batch width"]:
+    """Cosines and sines of `time` at geometrically spaced frequencies from 1 to 1/10000 (Vaswani et al. 2017).
+
+    Args:
+        shift: 0 stops one frequency before 1/10000, 1 at it.
+    """
     half = width // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=time.device))
-    angles = time.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - shift)
+    angles = time.float()[:, None] * exponents.exp()
+    waves = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
+    return torch.cat(waves, dim=1)
 
 
 class TimeEmbedding(nn.Module):
@@ -40,15 +48,41 @@ def bias_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
     return layer.bias
 
 
-class ResnetBlock(nn.Module):
-    """norm, SiLU, conv; norm scaled and shifted by the embedding, SiLU, conv; plus the input."""
+def scale_shift(norm: nn.GroupNorm, x: Tensor, told: Tensor) -> Tensor:
+    """The norm of `x`, scaled and shifted by the two halves of what the block was told."""
+    scale, shift = told.chunk(2, dim=1)
+    return torch.addcmul(shift, norm(x), 1 + scale)
 
-    def __init__(self, channels: int, out: int, *, embedding: int, groups: int, dropout: float) -> None:
+
+def add(norm: nn.GroupNorm, x: Tensor, told: Tensor) -> Tensor:
+    """The norm of the sum of `x` and what the block was told."""
+    return norm(x + told)
+
+
+EMBEDDINGS: dict[str, tuple[Callable[[nn.GroupNorm, Tensor, Tensor], Tensor], int]] = {
+    "scale_shift": (scale_shift, 2),
+    "add": (add, 1),
+}
+"""By name: how the embedding enters a block, and how many values it needs for each channel."""
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv; norm told the embedding, SiLU, conv; plus the input.
+
+    Args:
+        embedding: width of the embedding.
+        enters: a name of `EMBEDDINGS`.
+    """
+
+    def __init__(
+        self, channels: int, out: int, *, embedding: int, enters: str, groups: int, epsilon: float, dropout: float
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels)
+        self.tell, values = EMBEDDINGS[enters]
+        self.norm1 = nn.GroupNorm(groups, channels, eps=epsilon)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding, 2 * out)
-        self.norm2 = nn.GroupNorm(groups, out)
+        self.time_emb_proj = nn.Linear(embedding, values * out)
+        self.norm2 = nn.GroupNorm(groups, out, eps=epsilon)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
@@ -58,8 +92,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.time_emb_proj(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
-        hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
+        hidden = self.tell(self.norm2, hidden, self.time_emb_proj(F.silu(embedding))[:, :, None, None])
         return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(hidden)))
 
 
@@ -75,12 +108,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention between all places of the map, plus the input."""
+    """Self-attention between all places of the map, plus the input; 0 groups stand for no norm before it."""
 
-    def __init__(self, channels: int, *, head_channels: int, groups: int) -> None:
+    def __init__(self, channels: int, *, head_channels: int, groups: int, epsilon: float) -> None:
         super().__init__()
         self.heads = max(1, channels // head_channels)
-        self.group_norm = nn.GroupNorm(groups, channels)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=epsilon) if groups else nn.Identity()
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -99,14 +132,15 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size: a convolution of stride 2."""
+    """Half the size: a convolution of stride 2, padded on all sides or, from the corner, right and below only."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, halving: str) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.corner = halving == "corner"
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.corner else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.corner else x)
 
 
 class Upsample(nn.Module):

@@ -1,7 +1,7 @@
 """The U-Net: down to a small map, up again, with a bridge from every layer down to its partner up.
 
 `net(x, time, cond)` is an x-shaped function of an image, a number and a class; it does not know that diffusion
-exists. With `patch=1` it is, weight for weight, a `UNet2DModel` of `diffusers` with scale-shift time embedding.
+exists. With `patch=1` it is, weight for weight, a `UNet2DModel` of `diffusers`.
 (Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020; Dhariwal & Nichol 2021, arXiv:2105.05233.)
 """
 
@@ -24,8 +24,8 @@ class DownBlock(nn.Module):
     def __init__(self, channels: int, out: int, *, config: UNetConfig, attention: bool, last: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([_resnet(config)(channels if i == 0 else out, out) for i in range(config.blocks)])
-        self.attentions = nn.ModuleList([_attention(config)(out) for _ in self.resnets if attention])
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
+        self.attentions = nn.ModuleList([_attention(config, out, config.groups) for _ in self.resnets if attention])
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(out, halving=config.halving)])
 
     def forward(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
         """Every map made on the way; the last of them goes on down."""
@@ -41,16 +41,19 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """At the smallest size: residual block, attention, residual block."""
+    """At the smallest size: residual block, attention (if any), residual block."""
 
     def __init__(self, channels: int, *, config: UNetConfig) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([_resnet(config)(channels, channels) for _ in range(2)])
-        self.attentions = nn.ModuleList([_attention(config)(channels)])
+        groups = config.groups if config.middle_groups is None else config.middle_groups
+        self.attentions = nn.ModuleList([_attention(config, channels, groups)] if config.middle_attention else [])
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.resnets[0](x, embedding)
-        return self.resnets[1](self.attentions[0](x), embedding)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x, embedding)
 
 
 class UpBlock(nn.Module):
@@ -62,7 +65,7 @@ class UpBlock(nn.Module):
         super().__init__()
         widths = [channels] + [out] * (len(bridges) - 1)
         self.resnets = nn.ModuleList([_resnet(config)(w + b, out) for w, b in zip(widths, bridges, strict=True)])
-        self.attentions = nn.ModuleList([_attention(config)(out) for _ in self.resnets if attention])
+        self.attentions = nn.ModuleList([_attention(config, out, config.groups) for _ in self.resnets if attention])
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out)])
 
     def forward(self, x: Tensor, maps: list[Tensor], embedding: Tensor) -> Tensor:
@@ -82,22 +85,23 @@ class UNet(nn.Module):
     Args:
         channels: of the images.
         classes: how many; 0 for none. The label `classes` stands for "no class".
+        out: channels of the answer; those of the images when not given.
     """
 
-    def __init__(self, config: UNetConfig, *, channels: int, classes: int) -> None:
+    def __init__(self, config: UNetConfig, *, channels: int, classes: int, out: int | None = None) -> None:
         super().__init__()
         self.patch, self.classes = config.patch, classes
         widths, pixels = config.channels, channels * config.patch**2
         embedding = 4 * widths[0]
-        self.time_width = widths[0]
+        self.waves = partial(sinusoids, width=widths[0], shift=config.frequency_shift, sines_first=config.sines_first)
         self.time_embedding = TimeEmbedding(widths[0], embedding)
         self.class_embedding = nn.Embedding(classes + 1, embedding) if classes else None
         self.conv_in = nn.Conv2d(pixels, widths[0], 3, padding=1)
         self.down_blocks, bridges = self._down(config)
         self.mid_block = MidBlock(widths[-1], config=config)
         self.up_blocks = self._up(config, bridges)
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[0])
-        self.conv_out = nn.Conv2d(widths[0], pixels, 3, padding=1)
+        self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=config.epsilon)
+        self.conv_out = nn.Conv2d(widths[0], (out or channels) * config.patch**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(bias_of(self.conv_out))
 
@@ -132,7 +136,7 @@ class UNet(nn.Module):
             cond: (batch,) labels; None means "no class" for all, and is all that a network without classes takes.
         """
         assert cond is None or self.classes, "a network without classes was given labels"
-        embedding = self.time_embedding(sinusoids(time, self.time_width).to(x.dtype))
+        embedding = self.time_embedding(self.waves(time).to(x.dtype))
         if self.class_embedding is not None:
             labels = torch.full_like(time, self.classes, dtype=torch.long) if cond is None else cond
             embedding = embedding + self.class_embedding(labels)
@@ -147,8 +151,15 @@ class UNet(nn.Module):
 
 
 def _resnet(config: UNetConfig) -> partial[ResnetBlock]:
-    return partial(ResnetBlock, embedding=4 * config.channels[0], groups=config.groups, dropout=config.dropout)
+    return partial(
+        ResnetBlock,
+        embedding=4 * config.channels[0],
+        enters=config.embedding,
+        groups=config.groups,
+        epsilon=config.epsilon,
+        dropout=config.dropout,
+    )
 
 
-def _attention(config: UNetConfig) -> partial[Attention]:
-    return partial(Attention, head_channels=config.head_channels, groups=config.groups)
+def _attention(config: UNetConfig, channels: int, groups: int) -> Attention:
+    return Attention(channels, head_channels=config.head_channels, groups=groups, epsilon=config.epsilon)

@@ -27,6 +27,8 @@ from snowmelt.training.watch import Watch
 
 BAD_STEPS = 3
 """Updates in a row that may be skipped before the run goes back to its last good state."""
+EARLY = 0.1
+"""Share of the training after which one state is kept for good, to guide pictures away from (autoguidance)."""
 ROLLBACKS = 5
 """After so many, the run ends: something other than the learning rate is wrong."""
 
@@ -86,6 +88,8 @@ def fit(session: Session, progress: Progress) -> Progress:
         if plan.decides_at(progress.step, trained):
             decide(session, progress, fmean(durations))
         watch.preview_if_due(progress)
+        if plan.due(progress.step, [EARLY]):
+            checkpoint.save(session.run.early, progress.step, {"average": session.average.state()}, progress.as_dict())
         if time.monotonic() - saved >= session.save_every and not progress.in_a_row:
             save(session, progress)
             saved = time.monotonic()

@@ -105,5 +105,6 @@ class Plan:
             finish = elapsed + (present - step) * per_step + per_watch + ending
             if -EARLIER * budget <= finish - AIM * budget <= LATER * budget:
                 possible = present
-        self.decisions.append((step, max(step + 1, possible)))
+        # Never beyond `step` once the time is up: else every look would add one more step, without end.
+        self.decisions.append((step, possible))
         write_atomic(self.path, json.dumps(self.decisions))

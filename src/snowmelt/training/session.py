@@ -73,6 +73,10 @@ def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
         Stopped: on Ctrl-C or SIGTERM, after saving.
         UserError: see `fit`, `restore` and `open_prepared`.
     """
+    if not run.config.data.fingerprint:
+        raise UserError(
+            f"{run.path} was imported without pictures; import it again, with --pictures SOURCE to train on."
+        )
     if not is_prepared(run.data):
         source = run.config.request.get("source", "SOURCE")
         raise UserError(

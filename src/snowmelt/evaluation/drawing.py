@@ -1,0 +1,84 @@
+"""What a drawing may need beside the weights: the early state of the run, and the variance measured on its pictures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+
+from snowmelt import checkpoint
+from snowmelt.data.pixels import to_images
+from snowmelt.data.prepared import open_prepared
+from snowmelt.diffusion.grids import log_snr_grid
+from snowmelt.diffusion.variance import Variance, analytic, noise_power
+from snowmelt.errors import UserError
+from snowmelt.files import write_atomic
+from snowmelt.models import build_model
+from snowmelt.models.base import Drawing, Model
+from snowmelt.models.diffusion import DiffusionModel
+from snowmelt.run import Run
+from snowmelt.seeds import generator
+
+MEASURED_LEVELS = 40
+MEASURED_PICTURES = 128
+
+
+def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
+    """Give `model`, of `run`, what `drawing` asks for.
+
+    Raises:
+        UserError: the run has no early state, or no pictures to measure on.
+    """
+    if isinstance(model, DiffusionModel):
+        if drawing.away_from == "early" and drawing.guidance != 1:
+            early = early_model(run, model)
+            model.weaker["early"] = early.bind
+        if drawing.variance == "analytic":
+            model.variances["analytic"] = measured_variance(run, model)
+
+
+def early_model(run: Run, model: DiffusionModel) -> DiffusionModel:
+    """The model as it was after a tenth of the training.
+
+    Raises:
+        UserError: the run kept no early state.
+    """
+    saved = checkpoint.steps_saved(run.early)
+    if not saved:
+        raise UserError(f"{run.path} has kept no early state to go away from; leave --away-from away.")
+    early = build_model(run.config, model.precision)
+    path = checkpoint.path_of(run.early, saved[0])
+    checkpoint.load_into(early, checkpoint.load(path, "average"), path)
+    assert isinstance(early, DiffusionModel)
+    return early
+
+
+def measured_variance(run: Run, model: DiffusionModel) -> Variance:
+    """Analytic-DPM's variance for the newest weights, from `MEASURED_PICTURES` training pictures; kept in the run.
+
+    Raises:
+        UserError: the prepared pictures are gone.
+    """
+    newest = run.newest_checkpoint()
+    assert newest is not None, "a model was loaded from it"
+    levels = log_snr_grid(model.schedule, MEASURED_LEVELS)
+    path, weights = run.folder("evaluations") / "variance.json", checkpoint.read_state(newest)["sha256"]["average"]
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("weights") != weights:
+        known = {"weights": weights, "log_snr": levels.tolist(), "noise_power": _powers(run, model)}
+        write_atomic(path, json.dumps(known, indent=1))
+    return analytic(levels, known["noise_power"])
+
+
+def _powers(run: Run, model: DiffusionModel) -> list[float]:
+    data, device = open_prepared(run.data), model.precision.device
+    chosen = np.sort(np.random.default_rng(0).permutation(data.train)[:MEASURED_PICTURES])
+    images = to_images(torch.from_numpy(np.ascontiguousarray(data.images[chosen]))).to(device)
+    labels = None if data.labels is None else torch.from_numpy(data.labels[chosen]).to(device)
+
+    def noise(number: int) -> torch.Tensor:
+        return torch.randn(images.shape, generator=generator(0, "variance", number)).to(device)
+
+    with torch.no_grad():
+        return noise_power(model.bind(labels), images, log_snr_grid(model.schedule, MEASURED_LEVELS), noise)

@@ -1,0 +1,230 @@
+"""`snowmelt explain`: a photo becomes a page that shows the forward process and, with a run, the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from snowmelt.data.publish import publish
+from snowmelt.errors import UserError, choose
+from snowmelt.terminal import console
+
+if TYPE_CHECKING:
+    from snowmelt.data.decode import Picture, Recipe
+    from snowmelt.diffusion.schedules import Schedule
+    from snowmelt.models.diffusion import DiffusionModel
+    from snowmelt.run import Run
+    from snowmelt.shapes import Images
+
+SIZE = 128
+SMALLEST, LARGEST = 8, 256
+FEWEST, MOST = 10, 10_000
+MARK = '<meta name="generator" content="snowmelt explain'
+"""Stands in every page that was made here."""
+FILES = (
+    "index.html",
+    "forward.png",
+    "histogram.png",
+    "curves.png",
+    "reverse.png",
+    "beliefs.png",
+    "steps.png",
+    "parts.png",
+    "errors.png",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainOptions:
+    """Show a photo turn to noise and back: one page that opens offline, and its pictures as PNG."""
+
+    photo: tyro.conf.Positional[Path]
+    """A picture file: JPEG, PNG, WebP, ..."""
+    run: Path | None = None
+    """A run of a diffusion model: the page then shows its way back, too."""
+    out: Path | None = None
+    """Where the page goes; explain/NAME when not given."""
+    schedule: str | None = None
+    """The noise schedule; linear when not given, or that of the run."""
+    steps: int = 1000
+    """Steps from photo to noise, T."""
+    seed: int = 0
+    """Decides the noise: that of picture 0 of the same seed in `snowmelt sample`."""
+    class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """The class that the network is told; the one that fits the photo best when not given."""
+    size: int | None = None
+    """Height and width in pixels, 8 to 256; 128 when not given, and with --run the run's own."""
+    device: str = "auto"
+    """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
+
+
+def explain(options: ExplainOptions) -> Path:
+    """Write the page and its pictures, and return the path of index.html.
+
+    The folder appears whole or not at all, replaces only an earlier explanation, and is the same bytes for the same
+    photo, options and weights.
+
+    Raises:
+        UserError: for every mistake in the options, before anything is written.
+    """
+    out = options.out or Path("explain") / (options.photo.stem or "photo")
+    _check(options, out)
+    # Late, so that the command line stays instant.
+    from snowmelt.data.source import printable
+    from snowmelt.explaining.forward import forward_part
+    from snowmelt.explaining.page import Part, Subject, whole
+    from snowmelt.explaining.process import Process
+
+    run, model = _opened(options)
+    name, schedule = _schedule(options, model)
+    photo = _read(options.photo, _recipe(options, run))
+    x0 = _images(photo, 3 if run is None else run.config.data.channels)
+    process = Process.of(x0, schedule, options.steps, options.seed)
+    photo_name = printable(options.photo.name)
+    subject = Subject(photo_name, photo.changes, name, options.seed, _command(options))
+    with console().status("Walking from the photo to noise"):
+        forward = forward_part(process, subject)
+    network: Part | None = None
+    if run is not None and model is not None:
+        from snowmelt.explaining.network import Network, fitting_label
+        from snowmelt.explaining.reverse import reverse_part
+
+        with console().status("Walking back with the network"):
+            label = _label(options, run)
+            label = fitting_label(model, process, options.seed) if label is None else label
+            network = reverse_part(process, Network(model, label), run, subject)
+    files = {**forward.files, **(network.files if network else {})}
+    with publish(out, is_explanation) as folder:
+        for file, data in files.items():
+            (folder / file).write_bytes(data)
+        (folder / "index.html").write_bytes(whole(forward, network, subject, x0.shape[-1]))
+    console().print(f"Wrote {out / 'index.html'}; open it in a browser", markup=False)
+    return out / "index.html"
+
+
+def is_explanation(out: Path) -> bool:
+    """Whether the folder holds an earlier explanation and nothing else."""
+    page = out / "index.html"
+    if not page.is_file() or any(path.name not in FILES for path in out.iterdir()):
+        return False
+    with page.open("rb") as file:
+        return MARK.encode() in file.read(2000)
+
+
+def _check(options: ExplainOptions, out: Path) -> None:
+    """What can be told without torch."""
+    if not FEWEST <= options.steps <= MOST:
+        raise UserError(f"--steps is {options.steps}; give a number from {FEWEST} to {MOST:,}, such as 1000.")
+    if options.size is not None and not SMALLEST <= options.size <= LARGEST:
+        raise UserError(f"--size is {options.size}; give a number from {SMALLEST} to {LARGEST}.")
+    if options.class_name is not None and options.run is None:
+        raise UserError("--class is told to a network, and there is none; name a run with --run, too.")
+    if out.is_dir() and any(out.iterdir()) and not is_explanation(out):
+        raise UserError(f"{out} holds files that are not an explanation's; choose another place with --out.")
+    if not options.photo.exists():
+        raise UserError(f"There is no file {options.photo}; name a photo, such as a JPEG or PNG file.")
+    if options.photo.is_dir():
+        raise UserError(f"{options.photo} is a folder; name one photo in it.")
+
+
+def _opened(options: ExplainOptions) -> tuple[Run, DiffusionModel] | tuple[None, None]:
+    """The run and its model, where one was named."""
+    if options.run is None:
+        return None, None
+    from snowmelt.device import make_precision, pick_device
+    from snowmelt.models.diffusion import DiffusionModel
+    from snowmelt.run import Run
+
+    run = Run.open(options.run)
+    if options.size not in (None, run.config.data.size):
+        raise UserError(f"{run.path} knows pictures of {run.config.data.size} pixels; leave --size away.")
+    _label(options, run)
+    model, _ = run.load_model(make_precision(pick_device(options.device), "fp32"))
+    if not isinstance(model, DiffusionModel):
+        raise UserError(f"{run.path} is no diffusion model ({run.config.model}); name the run of one, or leave it away.")
+    return run, model
+
+
+def _label(options: ExplainOptions, run: Run) -> int | None:
+    names = run.config.data.classes
+    if options.class_name is None:
+        return None
+    if not names:
+        raise UserError(f"{run.path} was trained without classes; leave --class away.")
+    return choose({name: label for label, name in enumerate(names)}, options.class_name, "class")
+
+
+def _schedule(options: ExplainOptions, model: DiffusionModel | None) -> tuple[str, Schedule]:
+    """The one asked for, or the run's, or DDPM's; and its name."""
+    from snowmelt.diffusion.schedules import SCHEDULES
+
+    if options.schedule is not None or model is None:
+        name = options.schedule or "linear"
+        return name, choose(SCHEDULES, name, "schedule")
+    diffusion = model.config.diffusion
+    name = "the run's own betas" if diffusion.betas else diffusion.schedule
+    return (name if diffusion.shift == 1 else f"{name}, shifted by {diffusion.shift:g}"), model.schedule
+
+
+def _recipe(options: ExplainOptions, run: Run | None) -> Recipe:
+    """How the photo is made to fit: as the run's own pictures were."""
+    from PIL import ImageColor
+
+    from snowmelt.data.decode import FITS, Recipe
+
+    if run is None:
+        return Recipe(options.size or SIZE, (255, 255, 255), "crop")
+    asked = run.config.request
+    fit = str(asked.get("fit", "crop"))
+    try:
+        red, green, blue = ImageColor.getrgb(str(asked.get("background", "white")))[:3]
+    except ValueError:
+        red, green, blue = 255, 255, 255
+    return Recipe(run.config.data.size, (red, green, blue), fit if fit in FITS else "crop")
+
+
+def _read(path: Path, recipe: Recipe) -> Picture:
+    from snowmelt.data.decode import decode
+    from snowmelt.data.formats import HEAD_BYTES, recognise
+    from snowmelt.data.source import Unusable, printable
+
+    try:
+        with path.open("rb") as file:
+            # Before the rest is read: what is no picture may be very long.
+            head = file.read(HEAD_BYTES)
+            recognise(head)
+            return decode(head + file.read(), printable(path.name), recipe)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that or name another photo.") from error
+    except Unusable as error:
+        raise UserError(f"{path} is no photo that can be shown: {error}; name another one.") from error
+
+
+def _images(photo: Picture, channels: int) -> Images:
+    """In [-1, 1], in colour or grey: as the network wants it, or as the photo is."""
+    import numpy as np
+    import torch
+
+    from snowmelt.data.decode import to_grey
+    from snowmelt.data.pixels import to_images
+
+    pixels = photo.pixels
+    if channels == 1 and pixels.shape[2] == 3:
+        pixels = to_grey(pixels)
+    if channels == 3 and pixels.shape[2] == 1:
+        pixels = pixels.repeat(3, axis=2)
+    return to_images(torch.from_numpy(np.array(pixels))[None])
+
+
+def _command(options: ExplainOptions) -> str:
+    """The line that makes the page again."""
+    words: list[object] = ["snowmelt", "explain", options.photo]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name not in ("photo", "out", "device") and value != field.default:
+            words += [f"--{'class' if field.name == 'class_name' else field.name}", value]
+    return shlex.join(map(str, words))

@@ -1,0 +1,269 @@
+"""Charts: each is drawn once as an SVG whose colours are the page's own variables, light or dark, and once as a PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from snowmelt.diffusion.schedules import SCHEDULES
+from snowmelt.explaining.network import StepBack
+from snowmelt.explaining.parts import HALF, Appearance
+from snowmelt.explaining.process import REACH, Process, bell, betas_of, histogram, moments_of
+
+Paint: TypeAlias = Callable[[str], str]
+"""The colour of a role."""
+Draw: TypeAlias = Callable[[Any, Paint], None]
+"""Draws into axes."""
+
+LIGHT = {
+    "ink": "#1d2530",
+    "faint": "#8a94a3",
+    "rule": "#dfe3e8",
+    "signal": "#1f66b0",
+    "noise": "#c4531a",
+    "third": "#2f7d4f",
+    "series0": "#1f66b0",
+    "series1": "#7d8c2b",
+    "series2": "#c4531a",
+    "series3": "#2f7d4f",
+    "series4": "#8a5bb5",
+    "series5": "#b23a6e",
+    "series6": "#1c8a94",
+    "series7": "#8b6b3e",
+}
+"""Every role and its colour on white; the page's style sheet has the same and those for the dark."""
+_STANDIN = {role: f"#0a0b{number:02x}" for number, role in enumerate(LIGHT)}
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "snowmelt",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "path.simplify_threshold": 0.5,
+}
+POINTS = 250
+"""Of a curve; one through all 1000 steps would say no more."""
+_PART_ROLES = {"outline": "signal", "colour": "noise", "texture": "third"}
+
+
+class Chart(NamedTuple):
+    """One panel: how it is drawn, its title in the PNG, its width and height in inches."""
+
+    draw: Draw
+    title: str
+    size: tuple[float, float] = (4.2, 2.9)
+
+
+def svg(chart: Chart, name: str, label: str) -> str:
+    """The chart as inline SVG, which asks for nothing outside itself.
+
+    Args:
+        name: begins its ids, so that no two charts of a page share one.
+        label: for those who cannot see it.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure(figsize=chart.size, dpi=72)
+        axes = figure.subplots(gridspec_kw=_margins(*chart.size))
+        _frame(axes, _STANDIN.__getitem__)
+        chart.draw(axes, _STANDIN.__getitem__)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+        ends = [axes.transData.transform((x, 0))[0] for x in axes.get_xlim()]
+    return _inline(buffer.getvalue(), name, label, ends)
+
+
+def _inline(text: str, name: str, label: str, ends: list[float]) -> str:
+    """Matplotlib's document as a part of a page: own names, the page's colours, no document of its own."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
+    for role, colour in _STANDIN.items():
+        text = text.replace(colour, f"var(--{role})")
+    size = re.search(r'viewBox="([^"]+)"', text)
+    assert size is not None
+    head = (
+        f'<svg viewBox="{size.group(1)}" role="img" aria-label="{label}" '
+        f'data-left="{ends[0]:.2f}" data-right="{ends[1]:.2f}">'
+    )
+    return head + re.sub(r"\s*\n\s*", " ", text[text.index(">") + 1 :]).strip()
+
+
+def png(charts: list[Chart], columns: int) -> bytes:
+    """The charts side by side as one picture on white."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(charts))
+    rows = math.ceil(len(charts) / columns)
+    width, height = charts[0].size
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure(figsize=(columns * width, rows * (height + 0.3)), dpi=130)
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        edges = _margins(columns * width, rows * (height + 0.3), top=0.35)
+        figure.subplots_adjust(**edges, hspace=0.85 / (height - 0.6), wspace=0.6 / (width - 0.6))
+        for axes, chart in zip(grid, charts, strict=False):
+            _frame(axes, LIGHT.__getitem__)
+            chart.draw(axes, LIGHT.__getitem__)
+            axes.set_title(chart.title, fontsize=10, color=LIGHT["ink"])
+            if axes is grid[0] and axes.lines and not axes.lines[0].get_label().startswith("_"):
+                axes.legend(frameon=False, fontsize=7.5)
+        for axes in grid[len(charts) :]:
+            axes.set_axis_off()
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _margins(width: float, height: float, top: float = 0.08) -> dict[str, float]:
+    """Room for the numbers on the axes, always the same: measuring them would take most of the drawing's time."""
+    return {"left": 0.5 / width, "right": 1 - 0.12 / width, "bottom": 0.5 / height, "top": 1 - top / height}
+
+
+def _frame(axes: Any, paint: Paint) -> None:
+    axes.patch.set_visible(False)
+    axes.figure.patch.set_alpha(0)
+    axes.grid(color=paint("rule"), linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=paint("ink"), length=0)
+    axes.xaxis.label.set_color(paint("ink"))
+    axes.yaxis.label.set_color(paint("ink"))
+    for spine in axes.spines.values():
+        spine.set_color(paint("faint"))
+
+
+def series(name: str) -> str:
+    """The role of a schedule."""
+    return f"series{list(SCHEDULES).index(name) % 8}" if name in SCHEDULES else "ink"
+
+
+# the process
+
+
+def schedule_charts(process: Process, chosen: str) -> list[Chart]:
+    """alpha, beta, alpha_bar, signal, noise and log-SNR of the process, beside the other schedules with as many steps."""
+    bars, betas = process.alpha_bars[1:], process.betas
+    tables = {name: betas_of(schedule, process.steps) for name, schedule in SCHEDULES.items() if name != chosen}
+    others = {name: (one, (1 - one).log().cumsum(0).exp()) for name, one in tables.items()}
+    every = {**others, chosen: (betas, bars)}
+    kinds: list[tuple[str, Callable[[Any, Any], Any], dict[str, Any]]] = [
+        (r"$\alpha_t = 1 - \beta_t$: what one step keeps", lambda beta, bar: 1 - beta, {"ylim": (0.949, 1.001)}),
+        (r"$\beta_t$: the noise of one step", lambda beta, bar: beta, {"yscale": "log", "ylim": (2e-5, 1.3)}),
+        (r"$\bar\alpha_t$: what is left of the photo's variance", lambda beta, bar: bar, {}),
+        (r"$\sqrt{\bar\alpha_t}$: signal", lambda beta, bar: bar.sqrt(), {}),
+        (r"$\sqrt{1 - \bar\alpha_t}$: noise", lambda beta, bar: (1 - bar).sqrt(), {}),
+        ("log-SNR", lambda beta, bar: bar.log() - (-bar).log1p(), {"ylim": (-12, 12)}),
+    ]
+    return [Chart(_curves(every, chosen, pick, look), title, (4.2, 2.6)) for title, pick, look in kinds]
+
+
+def _curves(every: dict[str, Any], chosen: str, pick: Callable[[Any, Any], Any], look: dict[str, Any]) -> Draw:
+    def curves(axes: Any, paint: Paint) -> None:
+        for name, (beta, bar) in every.items():
+            wide = 2.6 if name == chosen else 1.1
+            places = moments_of(len(beta) - 1, POINTS)
+            times = [place + 1 for place in places]
+            axes.plot(times, pick(beta, bar)[places], color=paint(series(name)), linewidth=wide, label=name)
+        axes.set(xlabel="step t", xlim=(0, len(every[chosen][0])), **look)
+
+    return curves
+
+
+def mixture(process: Process) -> Chart:
+    """Signal and noise over t, with a line for the slider to move."""
+
+    def draw(axes: Any, paint: Paint) -> None:
+        times = moments_of(process.steps, POINTS)
+        bars = process.alpha_bars[times]
+        axes.plot(times, bars.sqrt(), color=paint("signal"), linewidth=2.2)
+        axes.plot(times, (1 - bars).sqrt(), color=paint("noise"), linewidth=2.2)
+        axes.axvline(0, color=paint("ink"), linewidth=1.2, gid="now")
+        axes.set(xlabel="step t", xlim=(0, process.steps), ylim=(0, 1.03), yticks=[0, 0.5, 1])
+
+    return Chart(draw, "signal and noise", (4.2, 2.0))
+
+
+def ridges(process: Process, moments: list[int]) -> Chart:
+    """The histogram of every moment, one above the other, the photo on top and the bell curve below."""
+
+    def draw(axes: Any, paint: Paint) -> None:
+        heights = [histogram(process, t) for t in moments]
+        top = min(1.25, max(one.counted.max().item() for one in heights))
+        for row, (t, one) in enumerate(zip(moments, heights, strict=True)):
+            base = -row * 0.62
+            bars = one.counted.clamp(max=top)
+            axes.fill_between(one.places, base, base + bars, step="mid", color=paint("signal"), alpha=0.38, linewidth=0)
+            if one.expected.any():
+                axes.plot(one.places, base + one.expected.clamp(max=top), color=paint("signal"), linewidth=1.3)
+            axes.plot(one.places, base + bell(one.places), color=paint("noise"), linewidth=1, linestyle=(0, (2, 2)))
+            axes.text(-REACH, base + 0.08, f"t = {t}", color=paint("ink"), fontsize=8.5)
+        axes.set(xlabel="pixel value", xlim=(-REACH, REACH), yticks=[], ylim=(-(len(moments) - 1) * 0.62 - 0.02, top + 0.05))
+        axes.spines["left"].set_visible(False)
+        axes.grid(visible=False)
+
+    return Chart(draw, "Pixel values flowing to the bell curve", (6.2, 6.6))
+
+
+# the network
+
+
+def gap_chart(steps: list[StepBack]) -> Chart:
+    """Means and standard deviations of the true and the learned step."""
+
+    def draw(axes: Any, paint: Paint) -> None:
+        later = [one for one in steps if one.t > 1]
+        times = [one.t for one in later]
+        axes.plot(times, [one.wide_std for one in later], color=paint("faint"), linewidth=1.3, linestyle=(0, (3, 2)))
+        axes.plot(times, [one.true_std for one in later], color=paint("signal"), linewidth=2)
+        axes.plot(times, [one.mean_gap for one in later], color=paint("noise"), linewidth=2)
+        axes.set(xlabel="step t", xscale="log", yscale="log")
+
+    return Chart(draw, "means and standard deviations")
+
+
+def kl_chart(steps: list[StepBack]) -> Chart:
+    """The divergence of each step, for both variances."""
+
+    def draw(axes: Any, paint: Paint) -> None:
+        later = [one for one in steps if one.t > 1]
+        times = [one.t for one in later]
+        axes.plot(times, [one.kl_wide for one in later], color=paint("faint"), linewidth=1.3, linestyle=(0, (3, 2)))
+        axes.plot(times, [one.kl_true for one in later], color=paint("signal"), linewidth=2)
+        axes.set(xlabel="step t", xscale="log", yscale="log")
+
+    return Chart(draw, "KL of each step, bits per value")
+
+
+def parts_chart(ts: list[int], found: dict[str, Appearance]) -> Chart:
+    """How much of each part is there, from noise (left) to picture."""
+
+    def draw(axes: Any, paint: Paint) -> None:
+        for name, one in found.items():
+            colour = paint(_PART_ROLES[name])
+            axes.plot(ts, one.shares, color=colour, linewidth=2.2)
+            axes.plot(ts[one.half], HALF, "o", color=colour, markersize=7)
+        axes.axhline(HALF, color=paint("faint"), linewidth=1, linestyle=(0, (3, 2)))
+        axes.set(xlabel="step t, from noise to picture", xlim=(max(ts), 0), ylim=(0, 1.03), yticks=[0, 0.5, 1])
+
+    return Chart(draw, "how much of each part is there", (6.2, 2.9))
+
+
+def error_chart(steps: list[StepBack], held_out: dict[float, float]) -> Chart:
+    """The error of the belief by level: of this photo, and of the run's held-out pictures."""
+
+    def draw(axes: Any, paint: Paint) -> None:
+        axes.plot([one.log_snr for one in steps], [one.belief_error for one in steps], color=paint("signal"), lw=2)
+        axes.plot(list(held_out), list(held_out.values()), "o-", color=paint("noise"), linewidth=1.4, markersize=5)
+        axes.set(xlabel="log-SNR, from noise to picture", yscale="log")
+
+    return Chart(draw, "error of the belief by level", (6.2, 2.9))

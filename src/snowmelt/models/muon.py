@@ -1,0 +1,66 @@
+"""Muon: the momentum of a matrix replaced by the nearest orthogonal one, so that no direction of it is left behind.
+
+    momentum = 0.95 momentum + 0.05 gradient,       direction = 0.05 gradient + 0.95 momentum
+    weight  <- (1 - rate decay) weight - rate 0.2 sqrt(max(rows, columns)) orthogonal(direction)
+
+It is `torch.optim.Muon` in another order: matrices of one shape are made orthogonal together, and in the arithmetic
+that the device is fast in. torch's always computes in bfloat16, which a processor without it has to imitate: there
+a whole training step of the digits' network took 0.70 s of processor time with it, and 0.25 s with this.
+(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982, for the 0.2.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic whose iteration takes all singular values to about 1: within 0.7 and 1.2."""
+ITERATIONS = 5
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(count, rows, columns): about the nearest orthogonal matrix to each, by Newton and Schulz."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """See the module; all parameters are matrices."""
+
+    def __init__(self, params: Iterable[nn.Parameter], *, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(list(params), {"lr": 1e-3, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    shapes.setdefault(weight.shape, []).append(weight)
+            for weights in shapes.values():
+                self._update(weights, group)
+
+    def _update(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        rate, momentum = group["lr"], group["momentum"]
+        directions: list[Tensor] = []
+        for weight in weights:
+            assert weight.grad is not None
+            buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+            buffer.lerp_(weight.grad, 1 - momentum)
+            directions.append(weight.grad.lerp(buffer, momentum))
+        stack = torch.stack(directions)
+        updates = orthogonal(stack.bfloat16() if stack.is_cuda else stack)
+        scale = rate * 0.2 * max(stack.shape[1:]) ** 0.5
+        for weight, update in zip(weights, updates, strict=True):
+            weight.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-scale)
