@@ -62,6 +62,25 @@ def test_weights_by_snr_do_not_depend_on_the_prediction(predicts):
     torch.testing.assert_close(loss_of(predicts, "min_snr"), (snr.clamp(max=5) * error).mean(), rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize("predicts", PREDICTS)
+def test_other_weights_by_snr(predicts):
+    """EDM's, the bound's, the sigmoid's and P2's, each from its own formula for the error of the image."""
+    error, snr = (ESTIMATE - X0) ** 2, LEVELS.exp()[:, None, None, None]
+    noisier = 1 / (1 + snr)
+    wanted = {
+        "edm": (snr + 1 / 0.5**2) * error,
+        "bound": snr * error,  # levels given by hand count as evenly drawn
+        "sigmoid": torch.sigmoid(2 - snr.log()) * snr * error,
+        "p2": noisier * snr * error,
+    }
+    for weight, losses in wanted.items():
+        torch.testing.assert_close(loss_of(predicts, weight), losses.mean(), rtol=1e-11, atol=0)
+
+
+def test_edm_weighs_its_own_prediction_evenly():
+    torch.testing.assert_close(loss_of("edm", "edm"), loss_of("edm", "constant"), rtol=1e-11, atol=0)
+
+
 def test_simple_is_the_error_of_the_noise():
     alpha, sigma = alpha_sigma(LEVELS, X0)
     believed = (add_noise(X0, NOISE, LEVELS) - alpha * ESTIMATE) / sigma

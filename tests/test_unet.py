@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -20,22 +22,23 @@ def draws(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def of_diffusers(config: UNetConfig, channels: int, classes: int) -> UNet2DModel:
+def of_diffusers(config: UNetConfig, channels: int, classes: int, **settings: object) -> UNet2DModel:
     downs = ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention]
     ups = ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
-    return UNet2DModel(
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=config.channels,
-        layers_per_block=config.blocks,
-        down_block_types=tuple(downs),
-        up_block_types=tuple(ups),
-        norm_num_groups=config.groups,
-        attn_norm_num_groups=config.groups,
-        attention_head_dim=config.head_channels,
-        resnet_time_scale_shift="scale_shift",
-        num_class_embeds=classes + 1 if classes else None,
-    ).eval()
+    ours = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": config.channels,
+        "layers_per_block": config.blocks,
+        "down_block_types": tuple(downs),
+        "up_block_types": tuple(ups),
+        "norm_num_groups": config.groups,
+        "attn_norm_num_groups": config.groups,
+        "attention_head_dim": config.head_channels,
+        "resnet_time_scale_shift": "scale_shift",
+        "num_class_embeds": classes + 1 if classes else None,
+    }
+    return UNet2DModel(**ours | settings).eval()
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,46 @@ def test_the_same_weights_give_the_answer_of_diffusers(config, channels, classes
     assert (answer - reference).abs().max() < 1e-5 * reference.abs().max()
 
 
+SMALLER = UNetConfig(channels=(16, 32), attention=(False, True), head_channels=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        ({"embedding": "add"}, {"resnet_time_scale_shift": "default"}),
+        ({"embedding": "add"}, {"resnet_time_scale_shift": "default", "attn_norm_num_groups": None}),
+        ({"embedding": "add", "middle_groups": 4}, {"resnet_time_scale_shift": "default", "attn_norm_num_groups": 4}),
+        ({"middle_groups": 0}, {"attn_norm_num_groups": None}),
+        ({"middle_groups": 2}, {"attn_norm_num_groups": 2}),
+        ({"middle_attention": False}, {"add_attention": False}),
+        ({"epsilon": 0.01}, {"norm_eps": 0.01}),
+        ({"halving": "corner"}, {"downsample_padding": 0}),
+        ({"sines_first": True}, {"flip_sin_to_cos": False}),
+        ({"frequency_shift": 1.0}, {"freq_shift": 1}),
+        ({"head_channels": 32, "attention": (True, True)}, {"attention_head_dim": None}),
+        ({"groups": 1}, {}),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_every_setting_is_the_one_of_diffusers(change, settings):
+    config = dataclasses.replace(SMALLER, **change)
+    ours = stirred(UNet(config, channels=3, classes=0))
+    theirs = of_diffusers(config, 3, 0, **settings)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x, time = draws(3, 3, 8, 8), torch.tensor([0.0, 421.0, 999.0])
+    with torch.inference_mode():
+        answer, reference = ours(x, time), theirs(x, time).sample
+        try:
+            plain = UNet(SMALLER, channels=3, classes=0).eval()
+            plain.load_state_dict(ours.state_dict())
+            without = plain(x, time)
+        except RuntimeError:
+            without = torch.zeros_like(answer)
+    # float32 through some fifteen layers, each rounding by 6e-8.
+    assert (answer - reference).abs().max() < 1e-5 * reference.abs().max()
+    assert (answer - without).abs().max() > 1e-4 * reference.abs().max(), "the setting matters"
+
+
 def test_a_fraction_of_a_step_is_told_like_a_whole_one():
     """Sinusoids turn by their frequency for every unit of time: cos^2 + sin^2 = 1 and the addition theorem."""
     width = 16
@@ -79,7 +122,8 @@ def test_a_fresh_network_says_the_same_whatever_it_sees():
 def test_a_fresh_block_lets_its_input_pass():
     """Up to one constant for each channel, the bias of its last layer, it begins as the identity."""
     x, embedding = draws(2, 8, 4, 4), draws(2, 32)
-    blocks = ResnetBlock(8, 8, embedding=32, groups=8, dropout=0.0), Attention(8, head_channels=8, groups=8)
+    resnet = ResnetBlock(8, 8, embedding=32, enters="scale_shift", groups=8, epsilon=1e-5, dropout=0.0)
+    blocks = resnet, Attention(8, head_channels=8, groups=8, epsilon=1e-5)
     for added in (blocks[0](x, embedding) - x, blocks[1](x) - x):
         # (x + constant) - x in float32, for x up to 4.
         torch.testing.assert_close(added, added[:1, :, :1, :1].expand_as(added), rtol=0, atol=1e-6)
@@ -136,3 +180,13 @@ def test_a_network_that_cannot_be_is_refused_in_one_sentence():
         UNetConfig(channels=(32, 64), attention=(True,))
     with pytest.raises(UserError, match="multiples of network\\.groups 8"):
         UNetConfig(channels=(32, 36), attention=(False, True))
+    with pytest.raises(UserError, match="did you mean 'add'"):
+        UNetConfig(embedding="adds")
+    with pytest.raises(UserError, match="did you mean 'corner'"):
+        UNetConfig(halving="corners")
+    with pytest.raises(UserError, match="network\\.epsilon is 0"):
+        UNetConfig(epsilon=0.0)
+    with pytest.raises(UserError, match="an even number of more than twice"):
+        UNetConfig(channels=(2,), attention=(False,), groups=1, frequency_shift=1.0)
+    with pytest.raises(UserError, match="divisor of 64, the last"):
+        UNetConfig(middle_groups=3)

@@ -120,7 +120,9 @@ def _kind_of(verb: str, kinds: dict[str, Any], arguments: list[str]) -> tuple[An
     if arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, kinds))
         lines = [f"  {name:{width}}  {kind.__doc__.splitlines()[0]}" for name, kind in kinds.items()]
-        print(f"usage: snowmelt {verb} KIND ...      (snowmelt {verb} KIND --help explains a kind)\n\n" + "\n".join(lines))
+        print(
+            f"usage: snowmelt {verb} KIND ...      (snowmelt {verb} KIND --help explains a kind)\n\n" + "\n".join(lines)
+        )
         raise SystemExit(0)
     return choose(kinds, arguments[0], f"kind of {verb}"), f"snowmelt {verb} {arguments[0]}", arguments[1:]
 

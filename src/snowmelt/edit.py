@@ -35,6 +35,7 @@ EDITS: dict[str, type[EditOptions]] = {
 }
 MOST = 64
 """Pictures in one call: they are drawn together."""
+MOST_STEPS = 10_000
 
 
 def edit(options: EditOptions) -> list[Path]:
@@ -93,6 +94,8 @@ def _check(options: EditOptions) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}; give at least 1.")
     if getattr(options, "count", 1) > MOST:
         raise UserError(f"--count is more than {MOST} pictures; draw them in parts, with another --seed for each.")
+    if options.steps > MOST_STEPS:
+        raise UserError(f"--steps is {options.steps}; give at most {MOST_STEPS:,}, such as 50.")
     for name in ("strength", "noise", "width"):
         value, bound = getattr(options, name, 0.5), " up to 1" if name == "strength" else ""
         if not 0 < value < math.inf or (bound and value > 1):

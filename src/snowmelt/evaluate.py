@@ -48,6 +48,9 @@ class EvaluateOptions:
     variance: str = "posterior"
     """Variance of the bound's reverse steps: posterior, forward, or learned where the network was taught it. With many
     steps all give the same."""
+    cleanest: float | None = None
+    """Log-SNR of the cleanest level, where the decoder takes over; the end of the run's schedule when not given. Where
+    the last levels are not well learned a lower one, such as 5, needs fewer bits."""
     ode_steps: int = 40
     """Steps of the ODE; each takes four evaluations of the network."""
     probes: int = 2
@@ -140,6 +143,17 @@ def _diffusion(model: Model, run: Run) -> DiffusionModel:
     return model
 
 
+def _ends(model: DiffusionModel, options: EvaluateOptions) -> tuple[float, float]:
+    """The noisiest and the cleanest level."""
+    import torch
+
+    noisiest, cleanest = model.schedule(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+    chosen = cleanest if options.cleanest is None else options.cleanest
+    if not noisiest + 1e-6 < chosen <= cleanest + 1e-6:
+        raise UserError(f"--cleanest is {chosen:g}; give a log-SNR above {noisiest:.3g} and up to {cleanest:.3g}.")
+    return noisiest, chosen
+
+
 def _held_out(run: Run, options: EvaluateOptions, device: torch.device) -> Held:
     """Up to `count` of the pictures held out of the training of `run`, evenly from all of them."""
     import numpy as np
@@ -166,7 +180,7 @@ def _measured(model: DiffusionModel, held: Held, options: EvaluateOptions) -> di
     from snowmelt.diffusion.likelihood import bound, hutchinson, ode_bits
     from snowmelt.diffusion.variance import VARIANCES
 
-    noisiest, cleanest = model.schedule(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+    noisiest, cleanest = _ends(model, options)
     grid = torch.linspace(noisiest, cleanest, options.bound_steps, dtype=torch.float64)
     coarse = torch.linspace(noisiest, cleanest, options.ode_steps + 1, dtype=torch.float64)
     count = len(held.rows)

@@ -96,7 +96,7 @@ def explain(options: ExplainOptions) -> Path:
         with console().status("Walking back with the network"):
             label = _label(options, run)
             label = fitting_label(model, process, options.seed) if label is None else label
-            network = reverse_part(process, Network(model, label), run, subject)
+            network = reverse_part(process, Network.of(model, label), run, subject)
     files = {**forward.files, **(network.files if network else {})}
     with publish(out, is_explanation) as folder:
         for file, data in files.items():
@@ -145,7 +145,9 @@ def _opened(options: ExplainOptions) -> tuple[Run, DiffusionModel] | tuple[None,
     _label(options, run)
     model, _ = run.load_model(make_precision(pick_device(options.device), "fp32"))
     if not isinstance(model, DiffusionModel):
-        raise UserError(f"{run.path} is no diffusion model ({run.config.model}); name the run of one, or leave it away.")
+        raise UserError(
+            f"{run.path} is no diffusion model ({run.config.model}); name the run of one, or leave it away."
+        )
     return run, model
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from snowmelt.diffusion.noise import alpha_sigma
 from snowmelt.diffusion.schedules import ddpm_time
 from snowmelt.errors import choose
-from snowmelt.shapes import Images, Labels
+from snowmelt.shapes import Answers, Images, Labels
 
 Denoise: TypeAlias = Callable[[Images, Tensor], Images]
 """(x, log_snr) -> x0: a denoiser with its conditioning bound."""
@@ -90,7 +90,7 @@ class Denoiser(nn.Module):
         """The row at `log_snr`, shaped to multiply `like`."""
         return self.row(*alpha_sigma(log_snr, like), self.data_std)
 
-    def answer(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
+    def answer(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Answers:
         """All that the backbone says about `x`."""
         time = self.time_of(log_snr.float()).expand(x.shape[0])
         return self.backbone(self.coefficients(log_snr, x).c_in * x, time, cond).to(x.dtype)
@@ -99,7 +99,7 @@ class Denoiser(nn.Module):
         """F: the x-shaped part of it, before the row turns it into an image."""
         return self.answer(x, log_snr, cond)[:, : x.shape[1]]
 
-    def image(self, x: Images, log_snr: Tensor, answer: Images) -> Images:
+    def image(self, x: Images, log_snr: Tensor, answer: Answers) -> Images:
         """x0 from an answer."""
         _, c_skip, c_out = self.coefficients(log_snr, x)
         return c_skip * x + c_out * answer[:, : x.shape[1]]
@@ -109,7 +109,7 @@ class Denoiser(nn.Module):
         return self.image(x, log_snr, self.answer(x, log_snr, cond))
 
 
-def share(x: Images, answer: Images) -> Images:
+def share(x: Images, answer: Answers) -> Images:
     """How far the variance of a step is from its smaller bound to its larger one, in [0, 1], for each pixel.
 
     Of the second half of the channels of a backbone that learns variances; it says -1 for the smaller bound.

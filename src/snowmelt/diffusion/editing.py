@@ -32,8 +32,8 @@ from snowmelt.diffusion.schedules import Schedule
 from snowmelt.diffusion.walk import Step, evaluate
 from snowmelt.shapes import Grid, Images, Level, Levels
 
-Operator: TypeAlias = Callable[[Images], Images]
-"""What an observation shows of a picture: a linear function of images, perhaps to images of another size."""
+Operator: TypeAlias = Callable[[Images], Tensor]
+"""What an observation shows of pictures: a linear function, perhaps to another size or number of channels."""
 
 
 # filling in
@@ -174,12 +174,13 @@ def psnr(images: Images, wanted: Images) -> Levels:
 
 
 def observed(
-    denoise: Denoise, operator: Operator, value: Images, std: float, *, spread: float = 0.5, rounds: int = 30
+    denoise: Denoise, operator: Operator, value: Tensor, std: float, *, spread: float = 0.5, rounds: int = 30
 ) -> Denoise:
     """What the picture is, given also that `operator(picture)` was seen as `value` with noise of `std`.
 
     The gradient goes through `denoise`, so put thresholds around the result, not inside. Exact for Gaussian data of
-    standard deviation `spread` in every direction; `spread` 0 is DPS itself, which is exact for one picture only.
+    standard deviation `spread` in every direction. With `spread` 0 it is DPS, which takes x0(x) for certain and so
+    pulls much too hard where there is noise.
 
     Args:
         operator: linear; its transpose is found by differentiation.
@@ -203,12 +204,12 @@ def observed(
     return guided
 
 
-def _with_transpose(operator: Operator, images: Images) -> tuple[Images, Callable[[Images], Images]]:
+def _with_transpose(operator: Operator, images: Images) -> tuple[Tensor, Callable[[Tensor], Images]]:
     """A images, and y -> A^T y."""
     at = images.requires_grad_()
     seen = operator(at)
 
-    def transposed(part: Images) -> Images:
+    def transposed(part: Tensor) -> Images:
         (back,) = torch.autograd.grad(seen, at, part, retain_graph=True)
         return back
 
@@ -216,10 +217,12 @@ def _with_transpose(operator: Operator, images: Images) -> tuple[Images, Callabl
 
 
 @torch.no_grad()
-def conjugate_gradients(matrix: Operator, wanted: Images, rounds: int, tolerance: float = 1e-6) -> Images:
+def conjugate_gradients(
+    matrix: Callable[[Tensor], Tensor], wanted: Tensor, rounds: int, tolerance: float = 1e-6
+) -> Tensor:
     """x with matrix(x) = wanted for each image by itself; the matrix symmetric and positive."""
 
-    def dot(one: Images, other: Images) -> Tensor:
+    def dot(one: Tensor, other: Tensor) -> Tensor:
         return (one * other).sum((1, 2, 3), keepdim=True)
 
     x, left = torch.zeros_like(wanted), wanted
@@ -257,9 +260,9 @@ def blurred(width: float) -> Operator:
     return operator
 
 
-def greyed(images: Images) -> Images:
+def greyed(images: Images) -> Tensor:
     """The luma of colour pictures after ITU-R 601, one channel."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).to(images).reshape(1, 3, 1, 1)
+    weights = images.new_tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from snowmelt.diffusion.schedules import Schedule
 from snowmelt.errors import UserError
-from snowmelt.shapes import Grid
+from snowmelt.shapes import Grid, Path
 
 
 def _even(steps: int) -> Tensor:
@@ -80,7 +80,7 @@ def given_grid(levels: Sequence[float]) -> Grid:
     return check_grid(torch.tensor(list(levels), dtype=torch.float64))
 
 
-def churned(log_snrs: Grid, churn: float, *, noisiest: float = -7.8, cleanest: float = 6.0) -> Grid:
+def churned(log_snrs: Grid, churn: float, *, noisiest: float = -7.8, cleanest: float = 6.0) -> Path:
     """EDM's churn: before every level in a range the path falls by as much noise as `churn` / steps of sigma / alpha.
 
     Args:
@@ -96,7 +96,7 @@ def churned(log_snrs: Grid, churn: float, *, noisiest: float = -7.8, cleanest: f
     return torch.tensor(path, dtype=torch.float64)
 
 
-def restarted(log_snrs: Grid, times: int, *, noisiest: float = -2.0, cleanest: float = 5.0) -> Grid:
+def restarted(log_snrs: Grid, times: int, *, noisiest: float = -2.0, cleanest: float = 5.0) -> Path:
     """The levels between `noisiest` and `cleanest` are walked `times` times more, each time from added noise."""
     levels = log_snrs.tolist()
     again = [level for level in levels if noisiest <= level <= cleanest]
@@ -106,7 +106,7 @@ def restarted(log_snrs: Grid, times: int, *, noisiest: float = -2.0, cleanest: f
     return torch.tensor(levels[:end] + times * again + levels[end:], dtype=torch.float64)
 
 
-def jumping(log_snrs: Grid, times: int, length: int = 1) -> Grid:
+def jumping(log_snrs: Grid, times: int, length: int = 1) -> Path:
     """RePaint: after every `length` steps the path falls back by as many, `times - 1` times (arXiv:2201.09865)."""
     levels = log_snrs.tolist()
     path = levels[:1]

@@ -59,7 +59,7 @@ def bound(
     """The variational bound of pictures in [-1, 1] whose values are 256 even ones.
 
     Args:
-        log_snrs: rising levels, two at least; n of them are n - 1 steps and the decoder, n + 1 evaluations in all.
+        log_snrs: rising levels, two at least; n of them are n - 1 steps and the decoder, n evaluations.
         noise_source: asked for 0 (the cleanest level), 1, 2, ... (the terms) and -1, -2, ... (which steps those are).
         variance: of a reverse step.
         terms: estimate the sum from so many steps, for each picture another one from each of as many equal parts of

@@ -18,7 +18,7 @@ from torch import Tensor
 from snowmelt.diffusion.denoiser import Denoiser
 from snowmelt.diffusion.levels import Drawn
 from snowmelt.diffusion.noise import BOUND, add_noise
-from snowmelt.shapes import Images, Labels, Levels
+from snowmelt.shapes import Answers, Images, Labels, Levels
 
 
 class Place(NamedTuple):
@@ -91,7 +91,7 @@ WEIGHTS: dict[str, Weight] = {
 
 
 def denoising_losses(
-    denoiser: Denoiser, x0: Images, drawn: Drawn, x: Images, answer: Images, *, weight: Weight
+    denoiser: Denoiser, x0: Images, drawn: Drawn, x: Images, answer: Answers, *, weight: Weight
 ) -> Levels:
     """(batch,) the mean weighted error of each picture.
 

@@ -22,11 +22,11 @@ from snowmelt.diffusion.multistep import COUNTED, DATA, NOISE, Form, combined, f
 from snowmelt.diffusion.noise import alpha_sigma
 from snowmelt.diffusion.variance import Variance, fresh_share, posterior
 from snowmelt.diffusion.walk import Advance, Fresh, NoiseSource, Sampler, Step, evaluate, walk
-from snowmelt.shapes import Grid, Images, Level
+from snowmelt.shapes import Grid, Images, Level, Path
 
 
 def ancestral(
-    denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource, *, variance: Variance = posterior
+    denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource, *, variance: Variance = posterior
 ) -> Iterator[Step]:
     """DDPM: fresh noise at every step, as much as `variance` says."""
     return walk(denoise, x, log_snrs, noise_source, _posterior_step(variance))
@@ -46,7 +46,7 @@ def _posterior_step(variance: Variance) -> Advance:
 def multistep(
     denoise: Denoise,
     x: Images,
-    log_snrs: Grid,
+    log_snrs: Path,
     noise_source: NoiseSource,
     *,
     order: int = 1,
@@ -81,7 +81,7 @@ def multistep(
     return walk(denoise, x, log_snrs, noise_source, advance)
 
 
-def heun(denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource) -> Iterator[Step]:
+def heun(denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource) -> Iterator[Step]:
     """Euler's step, then the mean of the noise seen at both its ends: two evaluations for each level but the last."""
 
     def advance(step: Step, following: Level, fresh: Fresh) -> Images:
@@ -109,7 +109,7 @@ def restart(
 
 
 def predictor_corrector(
-    denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource, *, snr: float = 0.16
+    denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource, *, snr: float = 0.16
 ) -> Iterator[Step]:
     """A step of DDPM, then one of Langevin at the new level (Song et al. 2020, arXiv:2011.13456, algorithm 3).
 
@@ -138,7 +138,7 @@ class Method:
     """With n levels its error is proportional to n^-order; None where fresh noise leaves no path to compare."""
     about: str
 
-    def __call__(self, denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource) -> Iterator[Step]:
+    def __call__(self, denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource) -> Iterator[Step]:
         """See `walk`."""
         return self.sampler(denoise, x, log_snrs, noise_source)
 

@@ -14,7 +14,7 @@ import torch
 
 from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.diffusion.noise import renoise
-from snowmelt.shapes import Grid, Images, Level
+from snowmelt.shapes import Images, Level, Path
 
 NoiseSource: TypeAlias = Callable[[int], Images]
 """number -> standard normal noise for the whole batch."""
@@ -31,7 +31,7 @@ class Step(NamedTuple):
     x0: Images
 
 
-Sampler: TypeAlias = Callable[[Denoise, Images, Grid, NoiseSource], Iterator[Step]]
+Sampler: TypeAlias = Callable[[Denoise, Images, Path, NoiseSource], Iterator[Step]]
 Fresh: TypeAlias = Callable[[], Images]
 """Standard normal noise for the whole batch, new at every call."""
 Advance: TypeAlias = Callable[[Step, Level, Fresh], Images]
@@ -43,7 +43,7 @@ def evaluate(denoise: Denoise, x: Images, log_snr: Level) -> Step:
     return Step(x, log_snr, denoise(x, log_snr.to(x.device, x.dtype)))
 
 
-def walk(denoise: Denoise, x: Images, log_snrs: Grid, noise_source: NoiseSource, advance: Advance) -> Iterator[Step]:
+def walk(denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource, advance: Advance) -> Iterator[Step]:
     """Yield a step at every level of `log_snrs`, but for those from which the path falls.
 
     Args:

@@ -36,7 +36,7 @@ LIGHT = {
 }
 """Every role and its colour on white; the page's style sheet has the same and those for the dark."""
 _STANDIN = {role: f"#0a0b{number:02x}" for number, role in enumerate(LIGHT)}
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "snowmelt",
     "font.family": "DejaVu Sans",
@@ -47,6 +47,7 @@ _SETTINGS = {
 }
 POINTS = 250
 """Of a curve; one through all 1000 steps would say no more."""
+_HALVES = ([0, 0.5, 1], ["0", "½", "1"])
 _PART_ROLES = {"outline": "signal", "colour": "noise", "texture": "third"}
 
 
@@ -143,15 +144,15 @@ def _frame(axes: Any, paint: Paint) -> None:
 
 
 def series(name: str) -> str:
-    """The role of a schedule."""
-    return f"series{list(SCHEDULES).index(name) % 8}" if name in SCHEDULES else "ink"
+    """The role of a schedule beside the chosen one, which is drawn in ink."""
+    return f"series{list(SCHEDULES).index(name) % 8}"
 
 
 # the process
 
 
 def schedule_charts(process: Process, chosen: str) -> list[Chart]:
-    """alpha, beta, alpha_bar, signal, noise and log-SNR of the process, beside the other schedules with as many steps."""
+    """alpha, beta, alpha_bar, signal, noise and log-SNR, beside those of the other schedules with as many steps."""
     bars, betas = process.alpha_bars[1:], process.betas
     tables = {name: betas_of(schedule, process.steps) for name, schedule in SCHEDULES.items() if name != chosen}
     others = {name: (one, (1 - one).log().cumsum(0).exp()) for name, one in tables.items()}
@@ -170,10 +171,10 @@ def schedule_charts(process: Process, chosen: str) -> list[Chart]:
 def _curves(every: dict[str, Any], chosen: str, pick: Callable[[Any, Any], Any], look: dict[str, Any]) -> Draw:
     def curves(axes: Any, paint: Paint) -> None:
         for name, (beta, bar) in every.items():
-            wide = 2.6 if name == chosen else 1.1
+            wide, role = (2.6, "ink") if name == chosen else (1.1, series(name))
             places = moments_of(len(beta) - 1, POINTS)
             times = [place + 1 for place in places]
-            axes.plot(times, pick(beta, bar)[places], color=paint(series(name)), linewidth=wide, label=name)
+            axes.plot(times, pick(beta, bar)[places], color=paint(role), linewidth=wide, label=name)
         axes.set(xlabel="step t", xlim=(0, len(every[chosen][0])), **look)
 
     return curves
@@ -188,7 +189,8 @@ def mixture(process: Process) -> Chart:
         axes.plot(times, bars.sqrt(), color=paint("signal"), linewidth=2.2)
         axes.plot(times, (1 - bars).sqrt(), color=paint("noise"), linewidth=2.2)
         axes.axvline(0, color=paint("ink"), linewidth=1.2, gid="now")
-        axes.set(xlabel="step t", xlim=(0, process.steps), ylim=(0, 1.03), yticks=[0, 0.5, 1])
+        axes.set(xlabel="step t", xlim=(0, process.steps), ylim=(0, 1.03))
+        axes.set_yticks(*_HALVES)
 
     return Chart(draw, "signal and noise", (4.2, 2.0))
 
@@ -207,11 +209,13 @@ def ridges(process: Process, moments: list[int]) -> Chart:
                 axes.plot(one.places, base + one.expected.clamp(max=top), color=paint("signal"), linewidth=1.3)
             axes.plot(one.places, base + bell(one.places), color=paint("noise"), linewidth=1, linestyle=(0, (2, 2)))
             axes.text(-REACH, base + 0.08, f"t = {t}", color=paint("ink"), fontsize=8.5)
-        axes.set(xlabel="pixel value", xlim=(-REACH, REACH), yticks=[], ylim=(-(len(moments) - 1) * 0.62 - 0.02, top + 0.05))
+        axes.set(
+            xlabel="pixel value", xlim=(-REACH, REACH), yticks=[], ylim=(-(len(moments) - 1) * 0.62 - 0.02, top + 0.05)
+        )
         axes.spines["left"].set_visible(False)
         axes.grid(visible=False)
 
-    return Chart(draw, "Pixel values flowing to the bell curve", (6.2, 6.6))
+    return Chart(draw, "Pixel values flowing to the bell curve", (5.0, 5.6))
 
 
 # the network
@@ -253,9 +257,10 @@ def parts_chart(ts: list[int], found: dict[str, Appearance]) -> Chart:
             axes.plot(ts, one.shares, color=colour, linewidth=2.2)
             axes.plot(ts[one.half], HALF, "o", color=colour, markersize=7)
         axes.axhline(HALF, color=paint("faint"), linewidth=1, linestyle=(0, (3, 2)))
-        axes.set(xlabel="step t, from noise to picture", xlim=(max(ts), 0), ylim=(0, 1.03), yticks=[0, 0.5, 1])
+        axes.set(xlabel="step t, from noise to picture", xlim=(max(ts), 0), ylim=(0, 1.03))
+        axes.set_yticks(*_HALVES)
 
-    return Chart(draw, "how much of each part is there", (6.2, 2.9))
+    return Chart(draw, "how much of each part is there", (5.0, 2.7))
 
 
 def error_chart(steps: list[StepBack], held_out: dict[float, float]) -> Chart:
@@ -264,6 +269,6 @@ def error_chart(steps: list[StepBack], held_out: dict[float, float]) -> Chart:
     def draw(axes: Any, paint: Paint) -> None:
         axes.plot([one.log_snr for one in steps], [one.belief_error for one in steps], color=paint("signal"), lw=2)
         axes.plot(list(held_out), list(held_out.values()), "o-", color=paint("noise"), linewidth=1.4, markersize=5)
-        axes.set(xlabel="log-SNR, from noise to picture", yscale="log")
+        axes.set(xlabel="log-SNR, from noise to picture", yscale="log", xticks=range(-10, 11, 5))
 
-    return Chart(draw, "error of the belief by level", (6.2, 2.9))
+    return Chart(draw, "error of the belief by level", (5.0, 2.7))

@@ -6,9 +6,10 @@ import html
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from snowmelt.diffusion.process import Moment
+from snowmelt.diffusion.process import Moment, posterior
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.explaining import charts
 from snowmelt.explaining.markup import data_uri, figure, img, number, png, table
@@ -16,6 +17,7 @@ from snowmelt.explaining.page import Part, Subject, script_data
 from snowmelt.explaining.process import (
     REACH,
     Forward,
+    Measured,
     Process,
     bell,
     betas_of,
@@ -53,7 +55,7 @@ def forward_part(process: Process, subject: Subject) -> Part:
         **_posterior(process, back, ten),
     }
     files = {
-        "forward.png": png(sheet(_joined([process.at(t) for t in ten]), 5, smallest=128)),
+        "forward.png": png(sheet(torch.cat([process.at(t) for t in ten]), 5, smallest=128)),
         "histogram.png": charts.png([ridges], 1),
         "curves.png": charts.png(curves, 3),
     }
@@ -70,12 +72,6 @@ def _walked_back(process: Process, seed: int, ten: list[int]) -> dict[int, Image
     return found
 
 
-def _joined(images: list[Images]) -> Images:
-    import torch
-
-    return torch.cat(images)
-
-
 def _frames(process: Process) -> int:
     """Moments of the slider: four between any two of the ten where the budget allows it."""
     each = process.x0.numel()
@@ -85,7 +81,7 @@ def _frames(process: Process) -> int:
 def _introduction(process: Process, subject: Subject, ten: list[int]) -> dict[str, str]:
     _, channels, size, _ = process.x0.shape
     facts = [
-        f"{html.escape(subject.photo)}, {size} × {size} pixels{html.escape(''.join(f', {one}' for one in subject.changes))}",
+        html.escape(", ".join([subject.photo, f"{size} × {size} pixels", *subject.changes])),
         f"schedule {html.escape(subject.schedule)}",
         f"T = {process.steps} steps",
         f"seed {subject.seed}",
@@ -106,9 +102,7 @@ def _introduction(process: Process, subject: Subject, ten: list[int]) -> dict[st
         "count": f"{process.x0.numel():,}",
         "values_each": "one number (how bright)" if channels == 1 else "three numbers (red, green and blue)",
         "facts": " · ".join(facts),
-        "hero": "".join(
-            figure(img(process.at(t), words), f"\\( {symbol} \\) {words}") for t, symbol, words in hero
-        ),
+        "hero": "".join(figure(img(process.at(t), words), f"\\( {symbol} \\) {words}") for t, symbol, words in hero),
         "photo_and_noise": figure(img(process.x0, "The photo"), "the photo \\( x_0 \\)")
         + figure(img(process.noise, "Pure noise"), "noise \\( \\epsilon \\)"),
         "ten": "".join(
@@ -128,7 +122,10 @@ def _one_step(process: Process, forward: Forward, t: int) -> dict[str, str]:
     stride, beta = forward.strides[t], process.beta(t)
     faded, added = math.sqrt(1 - beta), math.sqrt(beta)
     terms = [
-        (faded * stride.before, f"\\( \\signal{{\\sqrt{{1 - \\beta_t}}\\, x_{{{t - 1}}}}} \\), times {number(faded, 4)}"),
+        (
+            faded * stride.before,
+            f"\\( \\signal{{\\sqrt{{1 - \\beta_t}}\\, x_{{{t - 1}}}}} \\), times {number(faded, 4)}",
+        ),
         (added * stride.noise, f"\\( \\noise{{\\sqrt{{\\beta_t}}\\, \\epsilon_t}} \\), times {number(added)}"),
         (stride.x, f"\\( x_{{{t}}} \\)"),
     ]
@@ -216,32 +213,35 @@ def _line(places: Tensor, densities: Tensor, top: float) -> str:
 
 def _agreement(process: Process, forward: Forward, ten: list[int]) -> dict[str, str]:
     t = ten[2]
-    head = ["step", "signal", "noise", "walked: signal", "noise", "jumped: signal", "noise"]
     rows = [
-        [str(one.t), *(number(value) for pair in (one.equation, one.walked, one.jumped) for value in pair)]
+        [str(one.t), *map(_pair, (one.equation, one.walked, one.jumped))]
         for one in forward.agreement
         if one.t in (ten[1], ten[2], ten[4], ten[6], ten[-1])
     ]
     error = 1 / math.sqrt(forward.copies * process.x0.double().square().sum().item())
     copies = f" (of {forward.copies:,} walks, since one has only {process.x0.numel():,})" if forward.copies > 1 else ""
     return {
-        "walk_and_jump": figure(img(forward.strides[t].x, f"Walked to step {t}"), f"walked: {t} steps, {t} draws of noise")
+        "walk_and_jump": figure(
+            img(forward.strides[t].x, f"Walked to step {t}"), f"walked: {t} steps, {t} draws of noise"
+        )
         + figure(img(process.at(t), f"Jumped to step {t}"), "jumped: one draw of noise"),
-        "agreement": table(head, rows),
+        "agreement": table(["step", "the equation", "walked", "jumped"], rows, "Walk and jump"),
         "agreement_values": f"{forward.values:,}",
         "agreement_copies": copies,
         "agreement_error": number(error, 1),
     }
 
 
+def _pair(one: Measured) -> str:
+    return f'<span class="signal">{number(one.signal)}</span> <span class="noise">{number(one.noise)}</span>'
+
+
 def _schedules(process: Process, subject: Subject, curves: list[charts.Chart]) -> dict[str, str]:
     def entry(name: str) -> str:
-        chosen = name == subject.schedule
-        height = ";height:5px" if chosen else ""
-        words = f"<b>{html.escape(name)}</b>" if chosen else name
-        return f'<li><i style="background:var(--{charts.series(name)}){height}"></i>{words}</li>'
+        return f'<li><i style="background:var(--{charts.series(name)})"></i>{name}</li>'
 
-    names = [subject.schedule, *(name for name in SCHEDULES if name != subject.schedule)]
+    chosen = f'<li><i style="background:var(--ink);height:5px"></i><b>{html.escape(subject.schedule)}</b></li>'
+    others = [name for name in SCHEDULES if name != subject.schedule]
     captions = [
         "\\( \\alpha_t = 1 - \\beta_t \\): what one step keeps (cut off at 0.95)",
         "\\( \\beta_t \\): the noise of one step",
@@ -262,7 +262,7 @@ def _schedules(process: Process, subject: Subject, curves: list[charts.Chart]) -
     )
     return {
         "schedule": html.escape(subject.schedule),
-        "legend": "".join(map(entry, names)),
+        "legend": chosen + "".join(map(entry, others)),
         "schedule_charts": "".join(panels).replace("<figure>", '<figure class="chart">'),
         "schedule_remark": remark,
     }
@@ -278,11 +278,11 @@ def _end(process: Process) -> dict[str, str]:
     bits = process.prior_bits()
     total = bits * process.x0.numel()
     remark = (
-        "That is practically nothing. So the end of the road is the same for every photo in the world, and we know how to "
-        "draw from it without any photo: that is where new pictures will start."
+        "That is practically nothing. So the end of the road is the same for every photo in the world, and we know how "
+        "to draw from it without any photo: that is where new pictures will start."
         if bits < 1e-3
-        else "That is little, but not nothing: this schedule stops while a trace of the photo is left. New pictures start "
-        "from pure noise all the same, and the trace is what they start without."
+        else "That is not nothing: this schedule stops while a trace of the photo is left. New pictures start from "
+        "pure noise all the same, and the trace is what they start without."
     )
     return {"prior_bits": number(bits), "prior_whole": number(total), "prior_remark": remark}
 
@@ -296,7 +296,9 @@ def _posterior(process: Process, back: dict[int, Images], ten: list[int]) -> dic
         "posterior_photo": number(photo),
         "posterior_x": number(present, 4),
         "posterior_std": number(spread),
-        "walk_back": "".join(figure(img(back[t], f"Walking back, at step {t}"), f"<b>t = {t}</b>") for t in reversed(ten)),
+        "walk_back": "".join(
+            figure(img(back[t], f"Walking back, at step {t}"), f"<b>t = {t}</b>") for t in reversed(ten)
+        ),
         "walk_back_remark": "It arrives at your photo; the largest difference of a number is "
         f"{number(difference) if difference > 1e-6 else '0'}.",
     }
@@ -304,14 +306,8 @@ def _posterior(process: Process, back: dict[int, Images], ten: list[int]) -> dic
 
 def posterior_weights(at: Moment) -> tuple[float, float, float]:
     """Of the photo and of x_t in the mean of the true posterior, and its spread."""
-    import torch
-
-    from snowmelt.diffusion.process import posterior
-
     one, none = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     table = {"beta": at.beta, "alpha_bar": at.alpha_bar, "alpha_bar_previous": at.alpha_bar_previous}
     photo, variance = posterior(one, none, **table)
     present, _ = posterior(none, one, **table)
     return photo.item(), present.item(), variance.sqrt().item()
-
-

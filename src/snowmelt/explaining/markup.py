@@ -82,25 +82,24 @@ class _Formula:
         while self.peek() in ("_", "^"):
             mark = self.take()
             scripts[mark] = self.group()
-        names = {("_",): "msub", ("^",): "msup", ("^", "_"): "msubsup"}
         if not scripts:
             return base
-        name = names[tuple(sorted(scripts))]
+        name = "m" + "sub" * ("_" in scripts) + "sup" * ("^" in scripts)
         return f"<{name}>{base}{''.join(scripts[key] for key in '_^' if key in scripts)}</{name}>"
 
     def atom(self) -> str:
-        token = self.take()
-        if token == "{":
+        sign = self.take()
+        if sign == "{":
             return f"<mrow>{self.row('}')}</mrow>"
-        if token == "\\,":
+        if sign == "\\,":
             return '<mspace width="0.2em"></mspace>'
-        if token.startswith("\\"):
-            return self.command(token[1:])
-        if token[0].isdigit():
-            return f"<mn>{token}</mn>"
-        if token.isalpha():
-            return f"<mi>{token}</mi>"
-        return f"<mo{_quiet(token)}>{html.escape('−' if token == '-' else token)}</mo>"
+        if sign.startswith("\\"):
+            return self.command(sign[1:])
+        if sign[0].isdigit():
+            return f"<mn>{sign}</mn>"
+        if sign.isalpha():
+            return f"<mi>{sign}</mi>"
+        return f"<mo{_quiet(sign)}>{html.escape('−' if sign == '-' else sign)}</mo>"
 
     def command(self, name: str) -> str:
         if name in ACCENTS:
@@ -123,9 +122,9 @@ class _Formula:
         return f"<{tag}{upright}>{SYMBOLS[name]}</{tag}>"
 
 
-def _quiet(token: str) -> str:
+def _quiet(sign: str) -> str:
     """Parentheses keep the size of the letters around them."""
-    return ' stretchy="false"' if token in "()|" else ""
+    return ' stretchy="false" lspace="0" rspace="0"' if sign in "()|" else ""
 
 
 def mathml(tex: str, *, display: bool = False) -> str:
@@ -169,14 +168,15 @@ def figure(picture_html: str, caption: str) -> str:
     return f"<figure>{picture_html}<figcaption>{words}</figcaption></figure>"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column names its rows; cells may hold mathematics."""
+def table(head: list[str], rows: list[list[str]], label: str) -> str:
+    """A table whose first column names its rows, in a box that scrolls where the page is narrow."""
 
     def cells(tag: str, row: list[str]) -> str:
         return "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
 
     body = "".join(f'<tr><th scope="row">{row[0]}</th>{cells("td", row[1:])}</tr>' for row in rows)
-    return f'<div class="table"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
+    box = f'<div class="table" tabindex="0" role="group" aria-label="{html.escape(label)}">'
+    return f"{box}<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -189,6 +189,6 @@ def number(value: float, digits: int = 3) -> str:
         text = f"{mantissa} · 10{power}"
     else:
         before = math.floor(math.log10(abs(value))) + 1
-        text = f"{value:,.{max(0, digits - before if before > 0 else min(digits, 2) - before)}f}"
-        text = text if before > -1 else text.rstrip("0")
+        wanted = digits if before >= 0 else min(digits, 2)
+        text = f"{value:,.{max(0, wanted - before)}f}"
     return text.replace("-", "−")

@@ -8,8 +8,10 @@ x_T -> ... -> x_0 by p(x_t-1 | x_t)                      trail: DDIM or DDPM on 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,39 +46,46 @@ MOST_CLASSES = 50
 
 @dataclass(frozen=True)
 class Network:
-    """A model with its class, kept to pictures in [-1, 1] as in drawing."""
+    """What is asked for the clean pictures."""
 
-    model: DiffusionModel
-    label: int | None
-    """None: it is told no class."""
+    bind: Callable[[int], Denoise]
+    """The denoiser for a batch of so many, kept to pictures in [-1, 1] as in drawing."""
+    device: torch.device
+    label: int | None = None
+    """The class it is told; None: it is told none."""
 
-    def denoise(self, count: int) -> Denoise:
-        """For a batch of `count`."""
-        device = self.model.precision.device
-        labels = None if self.label is None else torch.full((count,), self.label, device=device)
-        return clamped(self.model.bind(labels))
+    @staticmethod
+    def of(model: DiffusionModel, label: int | None) -> Network:
+        """A model with a class, or without one."""
+        device = model.precision.device
+
+        def bind(count: int) -> Denoise:
+            labels = None if label is None else torch.full((count,), label, device=device)
+            return clamped(model.bind(labels))
+
+        return Network(bind, device, label)
 
     def believe(self, x: Images, log_snr: float) -> Images:
         """What it takes the clean pictures to be; on the CPU."""
-        x = x.to(self.model.precision.device)
+        x = x.to(self.device)
         with torch.no_grad():
-            return self.denoise(len(x))(x, torch.tensor(log_snr).to(x)).float().cpu()
+            return self.bind(len(x))(x, torch.tensor(log_snr).to(x)).float().cpu()
 
 
 def fitting_label(model: DiffusionModel, process: Process, seed: int) -> int | None:
     """The class that makes the photo's own noise easiest to find; None without classes or with very many.
 
-    At three levels around the middle and over four draws of noise. ("Your diffusion model is secretly a zero-shot
+    At three levels around the middle and over eight draws of noise. ("Your diffusion model is secretly a zero-shot
     classifier", Li et al. 2023, arXiv:2303.16203.)
     """
     classes = len(model.config.data.classes)
     if not classes or classes > MOST_CLASSES:
         return None
-    noise = noise_source([seed] * 4, range(4), tuple(process.x0.shape[1:]))(0)
+    noise = noise_source([seed] * 8, range(8), tuple(process.x0.shape[1:]))(0)
     middle = [min(range(1, process.steps + 1), key=lambda t: abs(process.log_snr(t) - level)) for level in (-2, 0, 2)]
 
     def missed(label: int) -> float:
-        network, total = Network(model, label), 0.0
+        network, total = Network.of(model, label), 0.0
         for t in middle:
             bar = process.alpha_bar(t)
             x = math.sqrt(bar) * process.x0 + math.sqrt(1 - bar) * noise
@@ -135,7 +144,7 @@ def steps_to_compare(steps: int, count: int = 60) -> list[int]:
 def total_bits(steps: list[StepBack]) -> float:
     """The sum of the true-variance terms over every t, those between two compared ones on a straight line."""
     total = steps[0].kl_true
-    for one, other in zip(steps, steps[1:], strict=False):
+    for one, other in pairwise(steps):
         stretch = other.t - one.t
         # From the first step on: L_0 is of another kind, so the line begins after it.
         first = other.kl_true if one.t == 1 else one.kl_true
@@ -158,10 +167,9 @@ class Trail(NamedTuple):
 
 def trail(network: Network, process: Process, sampler: str, x: Images, ts: list[int], seed: int) -> Trail:
     """From `x` at level ts[0] down the steps `ts` with a sampler of `SAMPLERS`."""
-    device = network.model.precision.device
     grid: Grid = torch.tensor([process.log_snr(t) for t in ts], dtype=torch.float64)
-    fresh = noise_source([seed] * len(x), range(len(x)), tuple(x.shape[1:]), device)
-    steps = list(quietly(SAMPLERS[sampler](network.denoise(len(x)), x.to(device), grid, fresh)))
+    fresh = noise_source([seed] * len(x), range(len(x)), tuple(x.shape[1:]), network.device)
+    steps = list(quietly(SAMPLERS[sampler](network.bind(len(x)), x.to(network.device), grid, fresh)))
     return Trail(ts, [step.x.float().cpu() for step in steps], [step.x0.float().cpu() for step in steps])
 
 

@@ -20,7 +20,7 @@ from snowmelt.shapes import Images
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601, as in the decoder's grey."""
 FAINT = 1e-4
-"""Mean square below which a part is taken for absent: pictures that are grey have no colour to appear."""
+"""Mean square below which a part has nothing to do: pictures that are grey have no colour to appear."""
 HALF = 0.5
 
 
@@ -45,7 +45,7 @@ def blur(images: Images, width: float) -> Images:
 
 
 def split(images: Images) -> Parts:
-    """Pictures in [-1, 1] as their parts; the blur is a sixteenth of the picture wide, three quarters of a pixel at least."""
+    """Pictures in [-1, 1] as their parts; the blur is a sixteenth of a picture wide, 3/4 of a pixel at least."""
     grey = images.shape[1] == 1
     weights = torch.tensor((1.0,) if grey else LUMA).reshape(1, -1, 1, 1)
     luma = (images * weights).sum(1, keepdim=True)
@@ -53,7 +53,7 @@ def split(images: Images) -> Parts:
     return Parts(outline, luma - outline, None if grey else (images - luma)[:, ::2])
 
 
-def shown(parts: Parts) -> dict[str, Images]:
+def shown(parts: Parts) -> dict[str, Tensor]:
     """The parts as pictures: texture doubled, so that it can be seen, colour around middle grey."""
     pictures = {"outline": parts.outline, "texture": (2 * parts.texture).clamp(-1, 1)}
     if parts.colour is not None:
@@ -73,25 +73,21 @@ class Appearance(NamedTuple):
 
 
 def appearances(beliefs: list[Images]) -> dict[str, Appearance]:
-    """By name, of the parts that the last belief has; shares are over all pictures of the batch together."""
+    """By name, of the parts in which the first belief differs from the last; over all pictures together."""
     every = [split(belief) for belief in beliefs]
     found: dict[str, Appearance] = {}
     for name in Parts._fields:
-        part: Tensor | None = getattr(every[-1], name)
-        if part is None:
-            continue
-        # What brightness the outline has on average is not counted as outline.
-        final = part - part.mean((2, 3), keepdim=True) if name == "outline" else part
-        if final.square().mean() < FAINT:
-            continue
-        shares = [share(getattr(one, name), part, final) for one in every]
-        found[name] = Appearance(shares, stays(shares))
+        ways: list[Tensor | None] = [getattr(one, name) for one in every]
+        parts = [part for part in ways if part is not None]
+        if parts and distance(parts[0], parts[-1]) > FAINT:
+            shares = [max(0.0, 1 - distance(part, parts[-1]) / distance(parts[0], parts[-1])) for part in parts]
+            found[name] = Appearance(shares, stays(shares))
     return found
 
 
-def share(part: Tensor, result: Tensor, final: Tensor) -> float:
-    """Of the part that is there; 0 where nothing, or the wrong thing, is."""
-    return max(0.0, 1 - ((part - result).square().sum() / final.square().sum()).item())
+def distance(one: Tensor, other: Tensor) -> float:
+    """Mean square of the difference."""
+    return (one - other).square().mean().item()
 
 
 def stays(shares: list[float]) -> int:

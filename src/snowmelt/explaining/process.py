@@ -137,8 +137,8 @@ class Measured(NamedTuple):
     noise: float
 
 
-def measured(x: Images, x0: Images) -> Measured:
-    """By least squares over all pixel values."""
+def measured(x: Images, x0: Tensor) -> Measured:
+    """By least squares over all pixel values; `x0` is one photo for all of `x`."""
     signal = (x * x0).sum() / (x0**2).sum().mul(len(x)).clamp_min(1e-12)
     return Measured(signal.item(), (x - signal * x0).std(correction=0).item())
 

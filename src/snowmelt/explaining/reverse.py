@@ -1,11 +1,13 @@
-"""The story of the network: the values of network.html, and reverse.png, beliefs.png, steps.png, parts.png, errors.png."""
+"""The story of the network: the values of network.html, and the PNGs of everything that it shows."""
 
 from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from snowmelt.explaining import charts
 from snowmelt.explaining.forward import TEN
@@ -43,11 +45,9 @@ def reverse_part(process: Process, network: Network, run: Run, subject: Subject)
     together = trail(network, process, "ddim", companions(process, subject.seed), ts, subject.seed)
     ddim = Trail(ts, [x[:1] for x in together.xs], [belief[:1] for belief in together.beliefs])
     ddpm = trail(network, process, "ddpm", process.at(process.steps), ts, subject.seed)
-    steps = [compare(network, process, t) for t in steps_to_compare(process.steps)]
+    steps = [compare(network, process, t) for t in sorted({*steps_to_compare(process.steps), *ten[1:]})]
     beliefs = [network.believe(process.at(t), process.log_snr(t)) for t in ten[1:]]
-    back = [
-        trail(network, process, "ddim", process.at(t), falling(t, SIDEWAYS), subject.seed).result for t in ten[1:]
-    ]
+    back = [trail(network, process, "ddim", process.at(t), falling(t, SIDEWAYS), subject.seed).result for t in ten[1:]]
     found = appearances(together.beliefs)
     drawn = {
         "steps.png": [charts.gap_chart(steps), charts.kl_chart(steps)],
@@ -85,7 +85,7 @@ def _places(ts: list[int], count: int) -> list[int]:
     return moments_of(len(ts) - 1, count)
 
 
-def cast(heads: list[str], rows: list[tuple[str, list[Images]]], alt: str) -> str:
+def cast(heads: list[str], rows: Sequence[tuple[str, Sequence[Tensor]]], alt: str) -> str:
     """Rows of pictures under one row of headings."""
     columns = f"grid-template-columns: 5.2rem repeat({len(heads)}, minmax(0, 1fr))"
     titles = "".join(f"<figcaption>{head}</figcaption>" for head in ["", *heads])
@@ -103,11 +103,14 @@ def _plain(name: str) -> str:
 def _about(process: Process, network: Network, run: Run) -> dict[str, str]:
     data = run.config.data
     pictures = f"{sum(data.counts):,} pictures" if data.counts else "pictures"
-    remark = "" if network.label is None else f" (it is told the class <em>{html.escape(data.classes[network.label])}</em>)"
+    remark = (
+        "" if network.label is None else f" (it is told the class <em>{html.escape(data.classes[network.label])}</em>)"
+    )
     return {
         "run": html.escape(run.path.resolve().name),
         "trained_on": f"{pictures} of {data.size} × {data.size} pixels",
         "class_remark": remark,
+        "of_class": " of that class" if remark else "",
         "size": str(data.size),
         "steps": str(process.steps),
         "prior_bits": number(process.prior_bits()),
@@ -119,15 +122,19 @@ def _beliefs(process: Process, ten: list[int], beliefs: list[Images], back: list
     moments = [process.at(t) for t in ten[1:]]
     kept = [_closeness(process.x0, one) for one in back]
     lost = next((t for t, close in zip(ten[1:], kept, strict=True) if close < 0.5), None)
-    remark = (
-        f"Up to step {ten[ten.index(lost) - 1]} more than half of your photo, counted in variance, comes back; from step "
-        f"{lost} on it is less, and in the end another picture."
-        if lost is not None and lost != ten[1]
-        else "Even the last of them is more than half your photo, counted in variance: it is close to what this network draws."
-        if lost is None
-        else f"From step {lost} on less than half of your photo, counted in variance, comes back: it is unlike the pictures "
-        "this network has seen, and it turns what it sees into what it knows."
-    )
+    unlike = "it is unlike the pictures this network has seen, and it turns what it sees into what it knows"
+    if lost is None:
+        remark = (
+            "Even the last of them is more than half your photo, counted in variance: this network draws such pictures."
+        )
+    elif lost == ten[1]:
+        remark = f"Even from step {lost} less than half of your photo, counted in variance, comes back: {unlike}."
+    else:
+        kept_to = ten[ten.index(lost) - 1]
+        remark = (
+            f"Up to step {kept_to} more than half of your photo, counted in variance, comes back; from step {lost} "
+        )
+        remark += "on it is less, and in the end it is another picture."
     return {
         "beliefs": cast(heads, [("photo <b>x<sub>t</sub></b>", moments), ("its guess", beliefs)], "At ten moments"),
         "ways_back": cast(heads, [("from <b>x<sub>t</sub></b>", moments), ("arrives at", back)], "Ways back"),
@@ -144,17 +151,18 @@ def _way_back(process: Process, ddim: Trail, ddpm: Trail, evaluations: int) -> d
     frames = max(9, min(45, BUDGET // (4 * process.x0.numel())))
     places = _places(ddim.ts, frames)
     tracks = {"ddim_x": ddim.xs, "ddim_belief": ddim.beliefs, "ddpm_x": ddpm.xs, "ddpm_belief": ddpm.beliefs}
+    pictures = [{name: data_uri(track[place]) for name, track in tracks.items()} for place in places]
     data = [
         {
             "t": ddim.ts[place],
-            "images": {name: data_uri(pictures[place]) for name, pictures in tracks.items()},
+            "images": some,
             "texts": {"t": f"{ddim.ts[place]} of {process.steps}"},
             "shares": {},
             "paths": {},
             "place": 0,
             "label": f"On the way back, step {ddim.ts[place]} of {process.steps}",
         }
-        for place in places
+        for place, some in zip(places, pictures, strict=True)
     ]
     few = _places(ddim.ts, TEN)
     names = ("DDIM <b>x<sub>t</sub></b>", "its guess", "DDPM <b>x<sub>t</sub></b>", "its guess")
@@ -163,32 +171,32 @@ def _way_back(process: Process, ddim: Trail, ddpm: Trail, evaluations: int) -> d
         "evaluations": str(evaluations),
         "back_frames": script_data(data),
         "back_last": str(len(data) - 1),
-        "back_start": data[0]["images"]["ddim_x"],
-        "back_start_belief": data[0]["images"]["ddim_belief"],
+        "back_start": pictures[0]["ddim_x"],
+        "back_start_belief": pictures[0]["ddim_belief"],
         "rows": cast([f"t = {ddim.ts[place]}" for place in few], rows, "The way back"),
     }
 
 
 def _steps(process: Process, steps: list[StepBack], ten: list[int]) -> dict[str, str]:
-    wanted = {min((one.t for one in steps if one.t > 1), key=lambda t, aim=aim: abs(t - aim)) for aim in (2, *ten[1:])}
     rows = [
         [str(one.t), *map(number, (one.mean_gap, one.true_std, one.wide_std, one.kl_true, one.kl_wide))]
         for one in steps
-        if one.t in wanted
+        if one.t in (2, *ten[1:])
     ]
     head = ["step", "means apart", "true spread", "wide spread", "KL, true", "KL, wide"]
+    total = total_bits(steps) + process.prior_bits()
     later = [one for one in steps if one.t > 1]
     ratios = [one.mean_gap / one.true_std for one in later]
     near = [ratio for ratio in ratios if ratio < 1]
-    remark = (
-        f"At every step the two means lie closer together than the spread of the step, at most {number(max(ratios), 2)} of it"
-        if len(near) == len(ratios)
-        else f"At {len(near)} of the {len(ratios)} steps compared, the two means lie closer together than the spread of the step"
-    )
+    where = "At every step" if len(near) == len(ratios) else f"At {len(near)} of the {len(ratios)} steps compared,"
+    remark = f"{where} the two means lie closer together than the step is wide."
     return {
-        "steps_table": table(head, rows),
+        "steps_table": table(head, rows, "True and learned steps"),
         "gap_remark": remark,
-        "total_bits": number(total_bits(steps) + process.prior_bits()),
+        "total_bits": number(total),
+        "bits_remark": "8 would be no compression at all"
+        if total < 8
+        else "more than the 8 in which it is stored: to this network it is a surprise",
     }
 
 
@@ -202,10 +210,16 @@ def _parts(ddim: Trail, found: dict[str, Appearance]) -> dict[str, str]:
         words += " Here it is not the outline that comes first: this network has not learned its pictures well yet."
     pictures = [(place, shown(split(ddim.beliefs[place]))) for place in _places(ddim.ts, TEN)]
     colours = len(pictures[0][1]) > 2
-    rows = [(name, [some[name] for _, some in pictures]) for name in ("outline", "colour", "texture") if name in pictures[0][1]]
+    rows = [
+        (name, [some[name] for _, some in pictures])
+        for name in ("outline", "colour", "texture")
+        if name in pictures[0][1]
+    ]
     return {
         "companions": str(COMPANIONS),
-        "colour_words": "; the <strong class=\"noise\">colour</strong> is how far each pixel is from grey" if colours else "",
+        "colour_words": '; the <strong class="noise">colour</strong> is how far each pixel is from grey'
+        if colours
+        else "",
         "parts_found": words,
         "parts_rows": cast([f"t = {ddim.ts[place]}" for place, _ in pictures], rows, "Part of the guess"),
     }
@@ -224,12 +238,12 @@ def _errors(steps: list[StepBack], held_out: dict[float, float]) -> dict[str, st
     shared = [level for level in held_out if steps[-1].log_snr <= level <= steps[0].log_snr]
     ratio = [min(steps, key=lambda one: abs(one.log_snr - level)).belief_error / held_out[level] for level in shared]
     typical = math.exp(sum(map(math.log, ratio)) / len(ratio)) if ratio and min(ratio) > 0 else 1.0
-    remark = "Noise is easy to take away where there is little of it, on the right; where there is only noise, on the left, "
+    remark = (
+        "Noise is easy to take away where there is little of it, on the right; where there is only noise, on the left, "
+    )
     remark += "the error is that of guessing the average."
     if typical > 1.5:
-        remark += f" Your photo is {number(typical, 2)} times as hard for this network as pictures like those it learned from."
+        remark += f" Your photo is {number(typical, 2)} times as hard for this network as the held-out pictures are."
     elif held_out:
-        remark += " Your photo is about as easy for this network as pictures like those it learned from."
+        remark += " Your photo is about as easy for this network as the held-out pictures are."
     return {"held_out_words": words, "error_remark": remark}
-
-

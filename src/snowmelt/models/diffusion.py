@@ -28,7 +28,7 @@ from snowmelt.models.base import Drawing, Model, Update
 from snowmelt.models.optimizer import Optimizer
 from snowmelt.networks.layers import sinusoids
 from snowmelt.networks.unet import UNet
-from snowmelt.shapes import Grid, Images, Labels, Levels
+from snowmelt.shapes import Answers, Grid, Images, Labels, Levels
 
 HELD_OUT_LEVELS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 """Log-SNRs at which the held-out error is measured, from nearly all noise to nearly clean."""
@@ -255,7 +255,7 @@ class DiffusionLearner:
         self.optimizer.load({name: tensor for name, tensor in tensors.items() if name not in mine})
 
 
-def variance_losses(denoiser: Denoiser, x0: Images, log_snr: Levels, x: Images, answer: Images) -> Levels:
+def variance_losses(denoiser: Denoiser, x0: Images, log_snr: Levels, x: Images, answer: Answers) -> Levels:
     """(batch,) the bound's term for the step to the next cleaner level of DDPM's table, in bits per dimension.
 
     The mean is held fixed, so that this teaches the variance only: the second part of L_hybrid of Nichol & Dhariwal

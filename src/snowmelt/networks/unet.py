@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from snowmelt.config import UNetConfig
 from snowmelt.networks.layers import Attention, Downsample, ResnetBlock, TimeEmbedding, Upsample, bias_of, sinusoids
-from snowmelt.shapes import Images, Labels, Levels
+from snowmelt.shapes import Answers, Images, Labels, Levels
 
 
 class DownBlock(nn.Module):
@@ -128,7 +128,7 @@ class UNet(nn.Module):
             before = width
         return blocks
 
-    def forward(self, x: Images, time: Levels, cond: Labels | None = None) -> Images:
+    def forward(self, x: Images, time: Levels, cond: Labels | None = None) -> Answers:
         """An image-shaped answer.
 
         Args:

@@ -1,0 +1,88 @@
+"""The files of an edit: a PNG and a note for each picture, and a sheet of before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from snowmelt import __version__
+from snowmelt.checkpoint import read_state
+from snowmelt.data.pixels import to_pixels
+from snowmelt.edits.canvas import Result
+from snowmelt.edits.options import EditOptions, is_positional, option_name, pictures_named
+from snowmelt.errors import UserError
+from snowmelt.files import write_atomic
+from snowmelt.pictures import picture, save_png, sheet
+
+WIDEST = 12
+"""Pictures in a row of the sheet."""
+
+
+def make_folder(out: Path) -> Path:
+    """`out`, made where it was not.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out} cannot be written (no permission); choose another --out.")
+    return out
+
+
+def write_edit(out: Path, kind: str, options: EditOptions, checkpoint: Path, result: Result) -> list[Path]:
+    """Each picture's PNG and note, the noise where it was sought, then the sheet; returns what was written."""
+    facts = note_of(kind, options, checkpoint) | result.facts
+    stem = "-".join([kind, *(Path(str(one)).stem for one in pictures_named(options)), f"seed{options.seed}"])
+    files: list[Path] = []
+    for number, pixels in enumerate(to_pixels(result.images)):
+        path = save_png(out / f"{stem}-{number:05d}.png", picture(pixels))
+        note = path.with_suffix(".json")
+        write_atomic(note, json.dumps(facts | {"number": number}, indent=1, ensure_ascii=False))
+        files += [path, note]
+    if result.noise is not None:
+        files.append(out / f"{stem}-noise.safetensors")
+        write_atomic(files[-1], safetensors.torch.save({"noise": result.noise.cpu().contiguous()}))
+    tiles = torch.cat([*result.before, result.images])
+    return [*files, save_png(out / f"{stem}-sheet.png", sheet(tiles, min(len(tiles), WIDEST), smallest=64))]
+
+
+def note_of(kind: str, options: EditOptions, checkpoint: Path) -> dict[str, Any]:
+    """What determines the pictures, and the line that makes them again."""
+    asked = {option_name(field): getattr(options, field.name) for field in dataclasses.fields(options)}
+    named = [*pictures_named(options), getattr(options, "mask", None)]
+    files = [Path(str(one)) for one in named if one is not None and Path(str(one)).is_file()]
+    return {
+        "snowmelt": __version__,
+        "edit": kind,
+        **{
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asked.items()
+            if name not in ("out", "device")
+        },
+        "checkpoint": checkpoint.name,
+        "weights": read_state(checkpoint)["sha256"]["average"],
+        "sha256": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "command": command_of(kind, options),
+    }
+
+
+def command_of(kind: str, options: EditOptions) -> str:
+    """The line that makes the edit again."""
+    words: list[object] = ["snowmelt", "edit", kind, options.run, *pictures_named(options)]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if not is_positional(field) and field.name not in ("out", "device") and value != field.default:
+            words += [f"--{option_name(field)}", value]
+    return shlex.join(map(str, words))
