@@ -106,7 +106,7 @@ def orders_table(steps: Sequence[int] = (256, 512)) -> list[str]:
     return rows
 
 
-def moments_table(steps: int = 200) -> list[str]:
+def moments_table(steps: int = 400) -> list[str]:
     """Markdown: the deviation of every stochastic sampler on its own grid, in standard errors."""
     rows = [f"| sampler | {' | '.join(PATHS)} |", "|---|" + "---:|" * len(PATHS)]
     for name, method in SAMPLERS.items():

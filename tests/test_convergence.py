@@ -36,5 +36,5 @@ def test_the_order_at_even_times(sampler, schedule):
 
 @pytest.mark.parametrize("sampler", [name for name in CHANCE if name not in SAME])
 def test_mean_and_covariance_are_those_of_the_data(sampler):
-    """Within four standard errors of 20,000 draws, at 200 steps."""
-    assert moments(sampler, GRIDS[SAMPLERS[sampler].grid](SCHEDULES["cosine"], 200)) < 4
+    """Within four standard errors of 10,000 draws, at 400 steps: what is left of the first order is below that."""
+    assert moments(sampler, GRIDS[SAMPLERS[sampler].grid](SCHEDULES["cosine"], 400), 10_000) < 4

@@ -11,8 +11,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "snowmelt"
 LAYERS = (
     {"errors", "shapes", "seeds", "files", "terminal", "config", "networks", "diffusion", "data", "device"},
     {"ema", "checkpoint", "models", "evaluation", "run", "pictures", "presets", "foreign"},
-    {"training", "explaining"},
-    {"prepare", "train", "sample", "explain", "exchange"},
+    {"training", "explaining", "edits"},
+    {"prepare", "train", "sample", "edit", "evaluate", "explain", "exchange"},
     {"cli"},
     {"__main__"},
 )

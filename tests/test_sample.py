@@ -78,6 +78,41 @@ def test_guidance_one_is_none_and_classes_matter(digits, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sampler", "dpmpp_2m", "--spacing", "karras", "--steps", "6"],
+        ["--sampler", "unipc", "--levels", "-8", "-4", "-1", "2", "6"],
+        ["--sampler", "ddpm", "--variance", "analytic", "--steps", "6"],
+        ["--sampler", "restart", "--steps", "8", "--threshold", "dynamic"],
+        ["--guidance", "2", "--away-from", "early", "--guidance-range", "-4", "4", "--steps", "6"],
+        ["--guidance", "4", "--guide", "projected", "--guidance-rescale", "0.5", "--steps", "6"],
+    ],
+    ids=lambda words: "-".join(words[1:4:2]),
+)
+def test_every_way_of_drawing_is_its_own_and_is_noted(digits, tmp_path, words):
+    plain = ["sample", str(digits), "--count", "1", "--seeds", "3", "--steps", "6"]
+    assert cli([*plain, "--out", str(tmp_path / "plain")]) == 0
+    assert cli([*plain[:-2], *words, "--out", str(tmp_path / "a"), "--strip"]) == 0
+    name = "seed3-00000.png"
+    drawn = pixels(tmp_path / "a" / name)
+    assert abs(drawn - pixels(tmp_path / "plain" / name)).max() > 1
+    note = json.loads((tmp_path / "a" / name).with_suffix(".json").read_text())
+    assert cli([*shlex.split(note["command"])[1:], "--out", str(tmp_path / "b")]) == 0
+    assert np.array_equal(drawn, pixels(tmp_path / "b" / name))
+
+
+def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tmp_path):
+    words = ["sample", str(digits), "--count", "1", "--sampler", "ddpm", "--variance", "analytic", "--steps", "4"]
+    assert cli([*words, "--out", str(tmp_path)]) == 0
+    kept = digits / "evaluations" / "variance.json"
+    before = json.loads(kept.read_text())
+    assert all(0 <= power <= 1.1 for power in before["noise_power"]), "of what is left, none can be known beyond all"
+    kept.write_text(json.dumps({**before, "weights": "others", "noise_power": []}))
+    assert cli([*words, "--out", str(tmp_path)]) == 0
+    assert json.loads(kept.read_text()) == before
+
+
 def test_unconditional_pictures_have_classes_as_often_as_the_data(digits, tmp_path):
     options = SampleOptions(digits, unconditional=True, count=2000)
     run = Run.open(digits)
@@ -113,6 +148,15 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--count", "1000000000"], "draw them in parts"),
         (["--device", "cuda:9"], "There is no device 'cuda:9'"),
         (["--nosuch", "1"], "has no option '--nosuch'"),
+        (["--spacing", "karas"], "did you mean 'karras'?"),
+        (["--levels", "2", "1"], "do not rise"),
+        (["--levels", "-1", "1", "--steps", "7"], "--levels and --steps exclude each other"),
+        (["--steps", "100000000"], "distinguish"),
+        (["--sampler", "ddpm", "--variance", "learned"], "has not learned a variance"),
+        (["--variance", "forward"], "ddim has no variance to choose"),
+        (["--guidance-range", "4", "-4"], "is empty"),
+        (["--away-from", "late"], "There is no estimate to go away from 'late'"),
+        (["--threshold", "clam"], "did you mean 'clamp'?"),
     ],
 )
 def test_mistakes_are_one_sentence(digits, tmp_path, capsys, words, said):

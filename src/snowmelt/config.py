@@ -124,7 +124,7 @@ class DiffusionConfig:
     """A table of betas in the place of `schedule`; the network is then told its step in this table."""
     shift: float = 1.0
     """Factor on sigma / alpha at every level: more noise for larger pictures."""
-    predicts: str = "edm"
+    predicts: str = "v"
     levels: str = "stratified"
     """How training levels are drawn."""
     weight: str = "constant"

@@ -46,8 +46,8 @@ class EvaluateOptions:
     """Steps of the bound to compute for each picture, drawn by chance from all of it; as many as --bound-steps computes
     every one."""
     variance: str = "posterior"
-    """Variance of the bound's reverse steps: posterior, forward, or learned where the network was taught it. With many
-    steps all give the same."""
+    """Variance of the bound's reverse steps: posterior, forward, analytic (measured on the training pictures), or learned
+    where the network was taught it. With many steps all give the same."""
     cleanest: float | None = None
     """Log-SNR of the cleanest level, where the decoder takes over; the end of the run's schedule when not given. Where
     the last levels are not well learned a lower one, such as 5, needs fewer bits."""
@@ -92,12 +92,14 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
 
     from snowmelt.data.workers import cores
     from snowmelt.device import make_precision, pick_device
+    from snowmelt.evaluation.drawing import make_ready
+    from snowmelt.models.base import Drawing
     from snowmelt.diffusion.variance import VARIANCES
     from snowmelt.presets import threads_for
     from snowmelt.run import Run
 
     _check(options)
-    choose(dict.fromkeys((*VARIANCES, "learned")), options.variance, "variance")
+    choose(dict.fromkeys((*VARIANCES, "analytic", "learned")), options.variance, "variance")
     run = Run.open(Path(options.run))
     if options.variance == "learned" and run.config.diffusion.variance != "learned":
         raise UserError(f"{run.path} was not taught a variance; use --variance posterior or forward.")
@@ -108,7 +110,9 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
     torch.set_num_threads(threads_for(run.config.data, cores()))
     model, checkpoint = run.load_model(make_precision(device, "fp32"))
     held = _held_out(run, options, device)
-    found = _measured(_diffusion(model, run), held, options)
+    diffusion = _diffusion(model, run)
+    make_ready(run, diffusion, Drawing(sampler="ddpm", variance=options.variance))
+    found = _measured(diffusion, held, options)
     figures = {name: _figure(values) for name, values in found.items()}
     if not all(math.isfinite(number) for figure in figures.values() for number in figure):
         raise UserError("Some bits/dim are not finite: the network fails at some noise levels; train it for longer.")
@@ -178,7 +182,6 @@ def _measured(model: DiffusionModel, held: Held, options: EvaluateOptions) -> di
     from rich.progress import Progress
 
     from snowmelt.diffusion.likelihood import bound, hutchinson, ode_bits
-    from snowmelt.diffusion.variance import VARIANCES
 
     noisiest, cleanest = _ends(model, options)
     grid = torch.linspace(noisiest, cleanest, options.bound_steps, dtype=torch.float64)
@@ -196,7 +199,7 @@ def _measured(model: DiffusionModel, held: Held, options: EvaluateOptions) -> di
             some = slice(start, start + options.batch)
             images, rows = held.images[some], held.rows[some]
             plain = model.bind(None if held.labels is None else held.labels[some])
-            variance = plain.variance if options.variance == "learned" else VARIANCES[options.variance]
+            variance = plain.variance if options.variance == "learned" else model.variances[options.variance]
             denoise = _counting(plain, partial(progress.advance, task))
             noise, signs = _normals(options.seed, "bits", rows, images), _normals(options.seed, "probes", rows, images)
             one = bound(denoise, images, grid, noise, variance=variance, terms=terms)

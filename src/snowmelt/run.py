@@ -89,8 +89,13 @@ class Run:
         Raises:
             UserError: there is no checkpoint yet, or it is damaged, or does not fit config.toml.
         """
-        from snowmelt.models import build_model
+        import torch
 
+        from snowmelt.data.workers import cores
+        from snowmelt.models import build_model
+        from snowmelt.presets import threads_for
+
+        torch.set_num_threads(threads_for(self.config.data, cores()))
         path = self.newest_checkpoint()
         if path is None:
             raise UserError(f"{self.path} has no checkpoint yet; train it with `snowmelt train --resume {self.path}`.")

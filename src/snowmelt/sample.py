@@ -230,8 +230,8 @@ def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]
     files: list[Path] = []
     for one, pixels in zip(group, to_pixels(images), strict=True):
         name = None if one.label is None else facts["classes"][one.label]
-        note = {key: value for key, value in facts.items() if key != "classes"}
-        note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(note, one, name)}
+        note = {key: value for key, value in facts.items() if key not in ("classes", "drawing")} | facts["drawing"]
+        note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(facts, one, name)}
         path = out / f"{one.stem}.png"
         save_png(path, picture(pixels))
         write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
@@ -254,10 +254,10 @@ def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: Drawing)
     }
 
 
-def _command(note: dict[str, Any], one: Wanted, name: str | None) -> str:
+def _command(facts: dict[str, Any], one: Wanted, name: str | None) -> str:
     """The line that draws this picture again."""
-    words = ["snowmelt", "sample", note["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
-    for option, value in {**note["drawing"], "precision": note["precision"]}.items():
+    words = ["snowmelt", "sample", facts["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
+    for option, value in {**facts["drawing"], "precision": facts["precision"]}.items():
         words += [f"--{option.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
     words += [] if name is None else ["--classes", name]
     return shlex.join(map(str, words))

@@ -71,11 +71,12 @@ def analytic(log_snrs: Grid, powers: list[float]) -> Variance:
     levels = log_snrs.to("cpu", torch.float64)
 
     def variance(x: Images, log_snr: Tensor, following: Tensor) -> Tensor:
-        power = interpolate(log_snr.to("cpu", torch.float64).reshape(1), levels, known)[0].clamp(0, 1)
+        power = interpolate(log_snr.to("cpu", torch.float64).reshape(-1), levels, known).clamp(0, 1)
         alpha_next, _ = alpha_sigma(following, x)
         # Var(x0 | x) = (sigma / alpha)^2 (1 - power); in data of +-1 it is at most 1 (their second theorem).
-        unknown = (torch.exp(-log_snr) * (1 - power)).clamp(max=1.0)
-        return posterior(x, log_snr, following) + (alpha_next * fresh_share(log_snr, following)) ** 2 * unknown
+        unknown = (torch.exp(-log_snr) * (1 - power.reshape(log_snr.shape).to(log_snr))).clamp(max=1.0)
+        reach = alpha_next * _like(x, fresh_share(log_snr, following))
+        return posterior(x, log_snr, following) + reach**2 * _like(x, unknown)
 
     return variance
 

@@ -25,17 +25,19 @@ MEASURED_PICTURES = 128
 
 
 def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
-    """Give `model`, of `run`, what `drawing` asks for.
+    """Give `model`, of `run`, what `drawing` asks for, and refuse what it cannot draw.
 
     Raises:
-        UserError: the run has no early state, or no pictures to measure on.
+        UserError: the run has no early state, or no pictures to measure on; or see `DiffusionModel.sampler` and `grid`.
     """
     if isinstance(model, DiffusionModel):
+        model.grid(drawing)
         if drawing.away_from == "early" and drawing.guidance != 1:
             early = early_model(run, model)
             model.weaker["early"] = early.bind
         if drawing.variance == "analytic":
             model.variances["analytic"] = measured_variance(run, model)
+        model.sampler(drawing, model.bind(None))
 
 
 def early_model(run: Run, model: DiffusionModel) -> DiffusionModel:

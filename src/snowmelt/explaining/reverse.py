@@ -38,6 +38,10 @@ BUDGET = 900_000
 """Bytes of pixels behind the slider of the way back, about."""
 
 
+COARSE = 16
+"""In pictures of fewer pixels across there is nothing finer than the outline."""
+
+
 def reverse_part(process: Process, network: Network, run: Run, subject: Subject) -> Part:
     """Everything of the page that a network is asked for."""
     ten = moments_of(process.steps, TEN)
@@ -203,11 +207,14 @@ def _steps(process: Process, steps: list[StepBack], ten: list[int]) -> dict[str,
 def _parts(ddim: Trail, found: dict[str, Appearance]) -> dict[str, str]:
     order = sorted(found, key=lambda name: found[name].half)
     when = [f"the {name} at step {ddim.ts[found[name].half]}" for name in order]
+    first = bool(order) and order[0] == "outline"
     words = f"On the way back, half of each is there for good from here on: {_listed(when)}." if when else ""
     if not found:
         words = "The pictures that came out are of one colour, so there are no parts to tell apart."
-    elif order[0] != "outline":
-        words += " Here it is not the outline that comes first: this network has not learned its pictures well yet."
+    elif ddim.result.shape[-1] < COARSE:
+        words += f" In {ddim.result.shape[-1]} × {ddim.result.shape[-1]} pixels the two are hardly different things."
+    elif not first:
+        words += " With most pictures the outline comes first; this network may not have learned its own well yet."
     pictures = [(place, shown(split(ddim.beliefs[place]))) for place in _places(ddim.ts, TEN)]
     colours = len(pictures[0][1]) > 2
     rows = [
@@ -220,6 +227,7 @@ def _parts(ddim: Trail, found: dict[str, Appearance]) -> dict[str, str]:
         "colour_words": '; the <strong class="noise">colour</strong> is how far each pixel is from grey'
         if colours
         else "",
+        "parts_title": "First the outline, then the rest" if first else "What appears when",
         "parts_found": words,
         "parts_rows": cast([f"t = {ddim.ts[place]}" for place, _ in pictures], rows, "Part of the guess"),
     }
