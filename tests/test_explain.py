@@ -13,8 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import stirred
+from snowmelt import checkpoint
 from snowmelt.cli import run as cli
+from snowmelt.config import Config, DataConfig, UNetConfig
 from snowmelt.data.pixels import to_images, to_pixels
+from snowmelt.device import make_precision
 from snowmelt.diffusion.exact import gaussian_denoiser
 from snowmelt.diffusion.process import alpha_bars, forward_jump, linear_betas, log_snr_table
 from snowmelt.diffusion.schedules import SCHEDULES
@@ -23,6 +27,8 @@ from snowmelt.explaining import charts, parts
 from snowmelt.explaining.markup import fill, mathml, number
 from snowmelt.explaining.network import Network, compare, falling, total_bits
 from snowmelt.explaining.process import Process, betas_of, histogram, measured, walk_back, walked
+from snowmelt.models import build_model
+from snowmelt.run import Run
 from snowmelt.seeds import noise_source
 
 STEPS = 60
@@ -54,18 +60,15 @@ def page(photo, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(photo, tmp_path_factory) -> Path:
-    """A colour run of a few steps, with classes."""
-    pictures = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index, name in enumerate(["light", "dark"] * 8):
-        (pictures / name).mkdir(exist_ok=True)
-        shades = np.clip(photo_pixels() * (1.0 if name == "light" else 0.4) + rng.integers(0, 30, 3), 0, 255)
-        Image.fromarray(shades.astype(np.uint8)).save(pictures / name / f"{index}.png")
-    out = tmp_path_factory.mktemp("run") / "run"
-    words = ["train", str(pictures), "--size", str(SIZE), "--steps", "2", "--out", str(out), "--precision", "fp32"]
-    assert cli(words) == 0
-    return out
+def run(tmp_path_factory) -> Path:
+    """A colour run with classes, a small untrained network and held-out errors."""
+    data = DataConfig(size=SIZE, channels=3, classes=("light", "dark"), counts=(8, 8))
+    network = UNetConfig(channels=(8, 16), attention=(False, False), head_channels=8, middle_attention=False)
+    made = Run.create(tmp_path_factory.mktemp("run") / "run", Config(data=data, network=network))
+    weights = stirred(build_model(made.config, make_precision(torch.device("cpu"), "fp32"))).state_dict()
+    checkpoint.save(made.folder("checkpoints"), 1, {"average": weights}, {"step": 1})
+    made.append_metrics({"step": 1, "error at log-SNR -2": 0.4, "error at log-SNR +2": 0.1})
+    return made.path
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +231,7 @@ def test_with_a_run_the_page_goes_on(network_page):
     assert np.array_equal(start, forward), "the way back begins in the very noise in which the photo ended"
     assert np.array_equal(start, decoded(frames[0]["images"]["ddpm_x"]))
     assert "it is told the class" in text and "DDPM" in text and "the colour" in text
+    assert "on pictures held out of training" in text, "the run has measured some"
     names = {path.name for path in network_page.parent.iterdir()}
     assert names >= {"reverse.png", "beliefs.png", "steps.png", "parts.png", "errors.png", "forward.png", "curves.png"}
     with Image.open(network_page.parent / "reverse.png") as sheet:

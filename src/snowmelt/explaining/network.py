@@ -34,11 +34,11 @@ from snowmelt.run import Run
 from snowmelt.seeds import noise_source
 from snowmelt.shapes import Grid, Images
 
-EVALUATIONS = 200
+EVALUATIONS = 100
 """Of the network on the way from noise to picture, where the process has as many steps."""
-SIDEWAYS = 25
+SIDEWAYS = 20
 """The same, from each moment of the photo."""
-COMPANIONS = 8
+COMPANIONS = 4
 """Pictures drawn side by side where a measurement needs more than one; the first is that of the page."""
 MOST_CLASSES = 50
 """Above so many classes it is not tried which of them fits the photo."""
