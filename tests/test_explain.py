@@ -299,7 +299,7 @@ def test_formulas_and_numbers():
 def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     photo = str(folder / "photo.png")
     return {
-        "no photo": (["notes.txt"], "is no photo that can be shown: not an image"),
+        "no photo": (["notes.txt"], "is no photo that can be used: not an image"),
         "half a photo": (["half.png"], "damaged"),
         "nothing there": (["nowhere.png"], "There is no file nowhere.png"),
         "a folder": (["folder"], "is a folder; name one photo"),

@@ -46,8 +46,8 @@ class EvaluateOptions:
     """Steps of the bound to compute for each picture, drawn by chance from all of it; as many as --bound-steps computes
     every one."""
     variance: str = "posterior"
-    """Variance of the bound's reverse steps: posterior, forward, analytic (measured on the training pictures), or learned
-    where the network was taught it. With many steps all give the same."""
+    """Variance of the bound's reverse steps: posterior, forward, analytic (measured on the training pictures), or
+    learned where the network was taught it. With many steps all give the same."""
     cleanest: float | None = None
     """Log-SNR of the cleanest level, where the decoder takes over; the end of the run's schedule when not given. Where
     the last levels are not well learned a lower one, such as 5, needs fewer bits."""
@@ -92,9 +92,9 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
 
     from snowmelt.data.workers import cores
     from snowmelt.device import make_precision, pick_device
+    from snowmelt.diffusion.variance import VARIANCES
     from snowmelt.evaluation.drawing import make_ready
     from snowmelt.models.base import Drawing
-    from snowmelt.diffusion.variance import VARIANCES
     from snowmelt.presets import threads_for
     from snowmelt.run import Run
 

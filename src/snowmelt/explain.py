@@ -14,11 +14,10 @@ from snowmelt.errors import UserError, choose
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
-    from snowmelt.data.decode import Picture, Recipe
+    from snowmelt.data.decode import Recipe
     from snowmelt.diffusion.schedules import Schedule
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
-    from snowmelt.shapes import Images
 
 SIZE = 128
 SMALLEST, LARGEST = 8, 256
@@ -74,6 +73,7 @@ def explain(options: ExplainOptions) -> Path:
     out = options.out or Path("explain") / (options.photo.stem or "photo")
     _check(options, out)
     # Late, so that the command line stays instant.
+    from snowmelt.data.photo import images_of, read_photo
     from snowmelt.data.source import printable
     from snowmelt.explaining.forward import forward_part
     from snowmelt.explaining.page import Part, Subject, whole
@@ -81,8 +81,8 @@ def explain(options: ExplainOptions) -> Path:
 
     run, model = _opened(options)
     name, schedule = _schedule(options, model)
-    photo = _read(options.photo, _recipe(options, run))
-    x0 = _images(photo, 3 if run is None else run.config.data.channels)
+    photo = read_photo(options.photo, _recipe(options, run))
+    x0 = images_of(photo, 3 if run is None else run.config.data.channels)
     process = Process.of(x0, schedule, options.steps, options.seed)
     photo_name = printable(options.photo.name)
     subject = Subject(photo_name, photo.changes, name, options.seed, _command(options))
@@ -125,10 +125,6 @@ def _check(options: ExplainOptions, out: Path) -> None:
         raise UserError("--class is told to a network, and there is none; name a run with --run, too.")
     if out.is_dir() and any(out.iterdir()) and not is_explanation(out):
         raise UserError(f"{out} holds files that are not an explanation's; choose another place with --out.")
-    if not options.photo.exists():
-        raise UserError(f"There is no file {options.photo}; name a photo, such as a JPEG or PNG file.")
-    if options.photo.is_dir():
-        raise UserError(f"{options.photo} is a folder; name one photo in it.")
 
 
 def _opened(options: ExplainOptions) -> tuple[Run, DiffusionModel] | tuple[None, None]:
@@ -174,52 +170,9 @@ def _schedule(options: ExplainOptions, model: DiffusionModel | None) -> tuple[st
 
 def _recipe(options: ExplainOptions, run: Run | None) -> Recipe:
     """How the photo is made to fit: as the run's own pictures were."""
-    from PIL import ImageColor
+    from snowmelt.data.photo import recipe_of
 
-    from snowmelt.data.decode import FITS, Recipe
-
-    if run is None:
-        return Recipe(options.size or SIZE, (255, 255, 255), "crop")
-    asked = run.config.request
-    fit = str(asked.get("fit", "crop"))
-    try:
-        red, green, blue = ImageColor.getrgb(str(asked.get("background", "white")))[:3]
-    except ValueError:
-        red, green, blue = 255, 255, 255
-    return Recipe(run.config.data.size, (red, green, blue), fit if fit in FITS else "crop")
-
-
-def _read(path: Path, recipe: Recipe) -> Picture:
-    from snowmelt.data.decode import decode
-    from snowmelt.data.formats import HEAD_BYTES, recognise
-    from snowmelt.data.source import Unusable, printable
-
-    try:
-        with path.open("rb") as file:
-            # Before the rest is read: what is no picture may be very long.
-            head = file.read(HEAD_BYTES)
-            recognise(head)
-            return decode(head + file.read(), printable(path.name), recipe)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend that or name another photo.") from error
-    except Unusable as error:
-        raise UserError(f"{path} is no photo that can be shown: {error}; name another one.") from error
-
-
-def _images(photo: Picture, channels: int) -> Images:
-    """In [-1, 1], in colour or grey: as the network wants it, or as the photo is."""
-    import numpy as np
-    import torch
-
-    from snowmelt.data.decode import to_grey
-    from snowmelt.data.pixels import to_images
-
-    pixels = photo.pixels
-    if channels == 1 and pixels.shape[2] == 3:
-        pixels = to_grey(pixels)
-    if channels == 3 and pixels.shape[2] == 1:
-        pixels = pixels.repeat(3, axis=2)
-    return to_images(torch.from_numpy(np.array(pixels))[None])
+    return recipe_of({} if run is None else run.config.request, run.config.data.size if run else options.size or SIZE)
 
 
 def _command(options: ExplainOptions) -> str:
