@@ -79,6 +79,30 @@ def test_importance_goes_where_the_loss_is():
     assert abs(share_there - (0.1 * 0.25 + 0.9 * 9 / 12)) < 0.01
 
 
+def test_a_learner_teaches_the_losses_as_they_are():
+    """What was drawn more often counts less in the mean, but the levels are told the loss itself."""
+    config = Config(
+        DataConfig(size=8, channels=1, std=0.6),
+        network=UNetConfig(channels=(8, 8), attention=(False, False), head_channels=8),
+        diffusion=DiffusionConfig(levels="importance", weight="simple"),
+    )
+    learner = build_learner(config, Precision(torch.device("cpu")))
+    levels = learner.levels
+    assert isinstance(levels, Importance)
+    levels.squares = torch.where(torch.arange(64) < 32, 1.0, 81.0).double()
+    told: list[tuple[Drawn, Tensor]] = []
+    levels.observe = lambda drawn, losses: told.append((drawn, losses))
+    images = torch.zeros(64, 1, 8, 8)
+    loss = learner.update(Batch(images, None), generator(0, "t", 1), 1e-9).losses["loss"]
+    drawn, losses = told[0]
+    assert drawn.correction.max() / drawn.correction.min() > 5
+    # A fresh network says nothing, so with v the loss of black pictures at a level is known: SNR c_out^2 |alpha noise|^2.
+    torch.testing.assert_close(torch.tensor(loss), (drawn.correction * losses).mean(), rtol=1e-5, atol=0)
+    expected = drawn.log_snr.exp() * torch.sigmoid(-drawn.log_snr) * torch.sigmoid(drawn.log_snr)
+    # |noise|^2 over 64 pixels: 1 within four of its standard deviations, sqrt(2 / 64).
+    assert ((losses / expected - 1).abs() < 4 * math.sqrt(2 / 64)).all()
+
+
 def test_importance_is_even_until_it_has_seen_all():
     assert Importance(cosine).draw(64, rng()).correction.eq(1).all()
 

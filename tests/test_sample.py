@@ -108,9 +108,10 @@ def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tm
     kept = digits / "evaluations" / "variance.json"
     before = json.loads(kept.read_text())
     assert all(0 <= power <= 1.1 for power in before["noise_power"]), "of what is left, none can be known beyond all"
-    kept.write_text(json.dumps({**before, "weights": "others", "noise_power": []}))
-    assert cli([*words, "--out", str(tmp_path)]) == 0
-    assert json.loads(kept.read_text()) == before
+    for spoiled in ({**before, "weights": "others"}, {**before, "noise_power": [1.0]}, []):
+        kept.write_text(json.dumps(spoiled))
+        assert cli([*words, "--out", str(tmp_path)]) == 0
+        assert json.loads(kept.read_text()) == before
 
 
 def test_unconditional_pictures_have_classes_as_often_as_the_data(digits, tmp_path):
@@ -141,7 +142,7 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--classes", "seven"], "There is no class 'seven'"),
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--count", "0"], "--count is 0; give at least 1"),
-        (["--steps", "0"], "--steps is 0; give at least 1"),
+        (["--steps", "0"], "--steps is 0; give 1 to 100,000"),
         (["--first", "-1"], "--first is -1"),
         (["--unconditional", "--classes", "1"], "exclude each other"),
         (["--guidance", "nan"], "--guidance is nan"),
@@ -151,10 +152,14 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--spacing", "karas"], "did you mean 'karras'?"),
         (["--levels", "2", "1"], "do not rise"),
         (["--levels", "-1", "1", "--steps", "7"], "--levels and --steps exclude each other"),
-        (["--steps", "100000000"], "distinguish"),
+        (["--steps", "100000000"], "give 1 to 100,000"),
+        (["--levels", "-800", "0", "5"], "Levels lie between -25 and 25"),
+        (["--levels", "0", "5", "--spacing", "time"], "leave --spacing away"),
+        (["--away-from", "early"], "--away-from does nothing without guidance"),
+        (["--guidance", "2", "--guidance-rescale", "5"], "give a share from 0 to 1"),
         (["--sampler", "ddpm", "--variance", "learned"], "has not learned a variance"),
         (["--variance", "forward"], "ddim has no variance to choose"),
-        (["--guidance-range", "4", "-4"], "is empty"),
+        (["--guidance", "2", "--guidance-range", "4", "-4"], "is empty"),
         (["--away-from", "late"], "There is no estimate to go away from 'late'"),
         (["--threshold", "clam"], "did you mean 'clamp'?"),
     ],

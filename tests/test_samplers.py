@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from snowmelt.diffusion import process
 from snowmelt.diffusion.denoiser import Denoise, Denoiser
 from snowmelt.diffusion.exact import dataset_denoiser, gaussian_denoiser
-from snowmelt.diffusion.grids import time_grid
+from snowmelt.diffusion.grids import churned, time_grid
 from snowmelt.diffusion.multistep import NOISE
 from snowmelt.diffusion.noise import alpha_sigma
-from snowmelt.diffusion.samplers import SAMPLERS, ancestral, heun, multistep
+from snowmelt.diffusion.samplers import SAMPLERS, Multistep, ancestral, heun, multistep
 from snowmelt.diffusion.schedules import SCHEDULES, linear
 from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.seeds import noise_source
@@ -77,7 +76,7 @@ def test_every_eta_keeps_the_marginal(eta):
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
 
     def step(x: Tensor, x0: Tensor, fresh: Tensor) -> Tensor:
-        return ending(multistep(lambda x, _: x0, x, grid, lambda _: fresh, eta=eta))
+        return ending(multistep(lambda x, _: x0, x, grid, lambda _: fresh, Multistep(eta=eta)))
 
     for pair in ([-9.0, -8.0], [-1.0, 0.5], [3.0, 9.0]):
         grid = torch.tensor(pair, dtype=torch.float64)
@@ -166,7 +165,7 @@ def test_one_evaluation_for_each_level_and_noise_only_between(eta):
         asked.append(step)
         return draws(2, 1, 1, 1, seed=step)
 
-    steps = list(multistep(denoise, draws(2, 1, 1, 1), grid, noise, eta=eta))
+    steps = list(multistep(denoise, draws(2, 1, 1, 1), grid, noise, Multistep(eta=eta)))
     assert seen == [float(step.log_snr) for step in steps] == grid.tolist()
     assert asked == ([1, 2, 3, 4, 5] if eta else [])
 
@@ -245,14 +244,14 @@ def test_the_path_of_diffusers(sampler, steps, predicts):
 
 SOLVERS = {
     # name: (theirs, its settings, ours)
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {"solver_order": 2}, partial(multistep, order=2)),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"solver_order": 2}, Multistep(order=2)),
     "dpmpp_2m_sde": (
         DPMSolverMultistepScheduler,
         {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
-        partial(multistep, order=2, eta=1.0),
+        Multistep(order=2, eta=1.0),
     ),
-    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}, partial(multistep, order=2, corrected=True)),
-    "deis": (DEISMultistepScheduler, {"solver_order": 2}, partial(multistep, order=2, form=NOISE)),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}, Multistep(order=2, corrected=True)),
+    "deis": (DEISMultistepScheduler, {"solver_order": 2}, Multistep(order=2, form=NOISE)),
 }
 
 
@@ -274,7 +273,9 @@ def test_the_path_of_the_solvers_of_diffusers(name, steps):
         theirs.append(reference.step(answer, time, theirs[-1], **options).prev_sample)
     rng.manual_seed(7)
     grid = process.log_snr_table(process.linear_betas())[reference.timesteps]
-    visited = list(ours(Denoiser(Toy(), "v"), x, grid, lambda _: torch.randn(x.shape, generator=rng).double()))
+    visited = list(
+        multistep(Denoiser(Toy(), "v"), x, grid, lambda _: torch.randn(x.shape, generator=rng).double(), ours)
+    )
     mine = [step.x for step in visited] + [visited[-1].x0]
     # DEIS goes to the table's first level at the end, where the others and ours go on to no noise at all.
     pairs = list(zip(mine, theirs, strict=True))[: steps if name == "deis" else steps + 1]
@@ -298,3 +299,19 @@ def test_the_path_of_heun_of_diffusers(steps):
         image = reference.step(answer, time, image).prev_sample
     for step, image in zip(heun(Denoiser(Toy(), "v"), x, grid, no_noise), theirs, strict=True):
         torch.testing.assert_close(step.x, image * alpha_sigma(step.log_snr, x)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how", [Multistep(order=3, corrected=True), Multistep(order=2), Multistep(order=4, form=NOISE)]
+)
+def test_a_path_that_falls_forgets(how):
+    """Where noise is added before every step no answer is left to remember: what remains is the first order."""
+    grid = churned(time_grid(SCHEDULES["cosine"], 100), 40.0)
+
+    def spread(how: Multistep) -> Tensor:
+        start = draws(500, 1, 1, 1)
+        *_, last = multistep(GAUSSIAN, start, grid, lambda number: draws(500, 1, 1, 1, seed=number), how)
+        return last.x.std()
+
+    # Beyond the range of churn, at both ends, a few steps are of higher order.
+    assert abs(spread(how) / spread(Multistep()) - 1) < 0.02

@@ -213,5 +213,7 @@ def test_paths_that_go_back():
     path = churned(grid, 40.0)
     # Five steps, so sigma / alpha grows by sqrt(2) before each but the first and the last: by log 2 in log-SNR.
     assert path.tolist()[0] == -4 and path.tolist()[-1] == 4
-    torch.testing.assert_close(path[1:-1:2] - path[2::2], torch.full((3,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        path[1:-1:2] - path[2::2], torch.full((3,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert churned(grid, 0.0).tolist() == grid.tolist()

@@ -37,7 +37,7 @@ _HOMES = {
     "snowmelt.diffusion.grids": ("GRIDS", "time_grid"),
     "snowmelt.diffusion.denoiser": ("Denoiser", "PREDICTS"),
     "snowmelt.diffusion.loss": ("WEIGHTS", "denoising_loss"),
-    "snowmelt.diffusion.samplers": ("SAMPLERS", "ancestral", "multistep"),
+    "snowmelt.diffusion.samplers": ("SAMPLERS", "Multistep", "ancestral", "multistep"),
     "snowmelt.diffusion.walk": ("Step", "walk"),
     "snowmelt.diffusion.guidance": (
         "GUIDANCES",

@@ -14,6 +14,10 @@ FORMAT = 1
 """Of run directories; a run with a higher one was written by a later version."""
 
 
+LARGEST_NETWORK = {"sizes": 16, "channels": 8192, "blocks": 64, "patch": 64}
+"""More than any network has that fits a computer; what is beyond is a mistake, and tensors of it cannot even be named."""
+
+
 def _require(section: str, values: object, names: tuple[str, ...], *, above: int) -> None:
     """Refuse numbers that are not finite or not above a bound; None is not checked."""
     for name in names:
@@ -38,6 +42,13 @@ class DataConfig:
     """Standard deviation of the training pixels in [-1, 1] units."""
     fingerprint: str = ""
     """Of the prepared dataset."""
+
+    def __post_init__(self) -> None:
+        _require("data", self, ("size", "std"), above=0)
+        if self.channels not in (1, 3):
+            raise UserError(f"data.channels is {self.channels}; give 1 (grey) or 3 (colour).")
+        if self.counts and (len(self.counts) != len(self.classes) or min(self.counts) < 0 or not any(self.counts)):
+            raise UserError("data.counts must have a number for each of data.classes, none below 0 and one above.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +91,15 @@ class UNetConfig:
             )
         if not self.channels or min(self.blocks, self.patch, self.groups, self.head_channels, *self.channels) < 1:
             raise UserError("network.channels, blocks, patch, groups and head_channels must all be at least 1.")
+        sizes = {
+            "sizes": len(self.channels),
+            "channels": max(self.channels),
+            "blocks": self.blocks,
+            "patch": self.patch,
+        }
+        if any(sizes[name] > most for name, most in LARGEST_NETWORK.items()):
+            most = ", ".join(f"{most:,} {name}" for name, most in LARGEST_NETWORK.items())
+            raise UserError(f"The network is too large to be built; network may have up to {most}.")
         if any(width % self.groups for width in self.channels):
             raise UserError(f"network.channels {self.channels} must all be multiples of network.groups {self.groups}.")
         if any(width >= self.head_channels and width % self.head_channels for width in self.attended):
@@ -88,6 +108,10 @@ class UNetConfig:
                 "where there is attention, and at the smallest size."
             )
         _require("network", self, ("epsilon",), above=0)
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"network.dropout is {self.dropout}; give a share from 0 to less than 1.")
+        if not math.isfinite(self.frequency_shift):
+            raise UserError(f"network.frequency_shift is {self.frequency_shift}; give a number such as 0 or 1.")
         choose(dict.fromkeys(("scale_shift", "add")), self.embedding, "network.embedding")
         choose(dict.fromkeys(("centered", "corner")), self.halving, "network.halving")
         if self.channels[0] % 2 or self.channels[0] // 2 <= self.frequency_shift:
@@ -284,7 +308,7 @@ def read_config(path: Path) -> Config:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable as TOML ({error}).") from error
     later = table.get("format", FORMAT)
     if isinstance(later, int) and later > FORMAT:

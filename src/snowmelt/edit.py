@@ -20,6 +20,7 @@ from snowmelt.edits.options import (
     VaryOptions,
 )
 from snowmelt.errors import UserError, choose
+from snowmelt.files import make_folder
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def edit(options: EditOptions) -> list[Path]:
 
     from snowmelt.device import make_precision, pick_device
     from snowmelt.edits.canvas import Canvas
-    from snowmelt.edits.files import make_folder, write_edit
+    from snowmelt.edits.files import write_edit
     from snowmelt.edits.kinds import KINDS
     from snowmelt.evaluation.drawing import make_ready
     from snowmelt.models import check_drawing
@@ -80,9 +81,10 @@ def edit(options: EditOptions) -> list[Path]:
     data, device, count = run.config.data, model.precision.device, getattr(options, "count", 1)
     noise = noise_source([options.seed] * count, range(count), (data.channels, data.size, data.size), device)
     labels = None if label is None else torch.full((count,), label, device=device)
-    with torch.no_grad():
-        result = KINDS[kind](Canvas(run, model, drawing, labels, noise), options)
-    files = write_edit(make_folder(options.out or run.path / "edits"), kind, options, checkpoint, result)
+    with make_folder(options.out or run.path / "edits") as out:
+        with torch.no_grad():
+            result = KINDS[kind](Canvas(run, model, drawing, labels, noise), options)
+        files = write_edit(out, kind, options, checkpoint, result)
     console().print(f"Wrote {count} picture{'s' * (count > 1)} to {files[0].parent}", markup=False)
     return files
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from snowmelt.shapes import Images, Labels
 
 
+MOST = {"bound_steps": 1_000_000, "ode_steps": 10_000}
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
     """Measure a run on the pictures that were held out of its training; the figures go to RUN/evaluations."""
@@ -90,12 +93,10 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
     # Late, so that the command line stays instant.
     import torch
 
-    from snowmelt.data.workers import cores
     from snowmelt.device import make_precision, pick_device
     from snowmelt.diffusion.variance import VARIANCES
     from snowmelt.evaluation.drawing import make_ready
     from snowmelt.models.base import Drawing
-    from snowmelt.presets import threads_for
     from snowmelt.run import Run
 
     _check(options)
@@ -106,13 +107,12 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
     device = pick_device(options.device)
     if device.type == "mps":
         raise UserError("Likelihoods need double precision, which this device lacks; use --device cpu.")
-    # As many as training would take: tiny pictures are fastest with one.
-    torch.set_num_threads(threads_for(run.config.data, cores()))
     model, checkpoint = run.load_model(make_precision(device, "fp32"))
-    held = _held_out(run, options, device)
     diffusion = _diffusion(model, run)
+    ends = _ends(diffusion, options)
+    held = _held_out(run, options, device)
     make_ready(run, diffusion, Drawing(sampler="ddpm", variance=options.variance))
-    found = _measured(diffusion, held, options)
+    found = _measured(diffusion, held, ends, options)
     figures = {name: _figure(values) for name, values in found.items()}
     if not all(math.isfinite(number) for figure in figures.values() for number in figure):
         raise UserError("Some bits/dim are not finite: the network fails at some noise levels; train it for longer.")
@@ -137,6 +137,9 @@ def _check(options: EvaluateOptions) -> None:
         if getattr(options, name) < bound:
             word = name.replace("_", "-")
             raise UserError(f"--{word} is {getattr(options, name)}; give at least {bound}.")
+    for name, bound in MOST.items():
+        if getattr(options, name) > bound:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give at most {bound:,}.")
 
 
 def _diffusion(model: Model, run: Run) -> DiffusionModel:
@@ -164,11 +167,8 @@ def _held_out(run: Run, options: EvaluateOptions, device: torch.device) -> Held:
     import torch
 
     from snowmelt.data.pixels import to_images
-    from snowmelt.data.prepared import open_prepared
 
-    data = open_prepared(run.data)
-    if data.fingerprint != run.config.data.fingerprint:
-        raise UserError(f"The pictures in {run.data} are not the ones {run.path} was trained on; put those back.")
+    data = run.open_pictures()
     rows = data.held_out[:: max(1, len(data.held_out) // options.count)][: options.count]
     if len(rows) < 2:
         raise UserError(f"{run.data} holds {len(rows)} pictures out of training; a standard error takes 2 at least.")
@@ -176,16 +176,17 @@ def _held_out(run: Run, options: EvaluateOptions, device: torch.device) -> Held:
     return Held(rows, to_images(torch.from_numpy(np.ascontiguousarray(data.images[rows])).to(device)), labels)
 
 
-def _measured(model: DiffusionModel, held: Held, options: EvaluateOptions) -> dict[str, Tensor]:
-    """The terms and sums of both likelihoods, bits/dim of each picture, by name."""
+def _measured(
+    model: DiffusionModel, held: Held, ends: tuple[float, float], options: EvaluateOptions
+) -> dict[str, Tensor]:
+    """The terms and sums of both likelihoods between two levels, bits/dim of each picture, by name."""
     import torch
     from rich.progress import Progress
 
     from snowmelt.diffusion.likelihood import bound, hutchinson, ode_bits
 
-    noisiest, cleanest = _ends(model, options)
-    grid = torch.linspace(noisiest, cleanest, options.bound_steps, dtype=torch.float64)
-    coarse = torch.linspace(noisiest, cleanest, options.ode_steps + 1, dtype=torch.float64)
+    grid = torch.linspace(*ends, options.bound_steps, dtype=torch.float64)
+    coarse = torch.linspace(*ends, options.ode_steps + 1, dtype=torch.float64)
     count = len(held.rows)
     terms, slopes = min(options.terms, options.bound_steps - 1), 4 * options.ode_steps
     console().print(

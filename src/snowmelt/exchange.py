@@ -19,7 +19,7 @@ from snowmelt.config import Config, DataConfig, TrainingConfig
 from snowmelt.data.publish import publish
 from snowmelt.errors import UserError, choose
 from snowmelt.files import write_synced
-from snowmelt.presets import threads_for, training_for
+from snowmelt.presets import DEFAULT_SECONDS, check_length, facts_of, threads_for, training_for
 from snowmelt.terminal import Log, console, seconds_of
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 GENTLE = 2e-4
 """Learning rate of an imported network: that of DDPM's own training. One ten times as high forgets what was learnt."""
-SHORTEST, DEFAULT_SECONDS = 30.0, 600.0
-"""Of training, when resumed."""
 LEVELS = 50
 """Levels noted beside an ONNX file, for whoever draws with it."""
 
@@ -92,7 +90,11 @@ def import_run(options: ImportOptions) -> Run:
     say = console()
     with publish(out, lambda _out: False) as building:
         data = _pictures(foreign, known, options, building) if options.pictures else None
-        config = _config(foreign, known if data is None else _facts(known, data), training)
+        facts = known
+        if data is not None:
+            # Where the pictures have classes, their names are the names of the labels.
+            facts = dataclasses.replace(facts_of(data), classes=data.classes or known.classes)
+        config = _config(foreign, facts, training)
         request = {"folder": str(folder.resolve())}
         if data is not None:
             request["source"] = str(options.pictures)
@@ -111,16 +113,10 @@ def import_run(options: ImportOptions) -> Run:
 
 def _training(options: ImportOptions) -> TrainingConfig:
     """How it will be trained, as far as the options say."""
-    if options.steps is not None and options.duration is not None:
-        raise UserError("Give --steps or --for, not both.")
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps {options.steps} trains nothing; give at least 1.")
+    check_length(options.steps, options.duration)
     if options.steps is not None:
         return TrainingConfig(steps=options.steps)
-    seconds = DEFAULT_SECONDS if options.duration is None else seconds_of(options.duration)
-    if seconds < SHORTEST:
-        raise UserError(f"--for {options.duration} is too short to train anything; give at least {SHORTEST:.0f}s.")
-    return TrainingConfig(seconds=seconds)
+    return TrainingConfig(seconds=DEFAULT_SECONDS if options.duration is None else seconds_of(options.duration))
 
 
 def _refuse_existing(out: Path) -> None:
@@ -175,21 +171,6 @@ def _pictures(foreign: Foreign, known: DataConfig, options: ImportOptions, build
             advice = "add --every-label if none of its labels stands for no class"
         raise UserError(f"{source} has {len(data.classes)} classes and the network {len(known.classes)}; {advice}.")
     return data
-
-
-def _facts(known: DataConfig, data: Prepared) -> DataConfig:
-    """What the run knows of its pictures; where those have classes, their names are the names of the labels."""
-    counts: tuple[int, ...] = ()
-    if data.labels is not None:
-        labels = data.labels[data.train].tolist()
-        counts = tuple(labels.count(label) for label in range(len(data.classes)))
-    return dataclasses.replace(
-        known,
-        classes=data.classes or known.classes,
-        counts=counts,
-        std=round(data.std, 6),
-        fingerprint=data.fingerprint,
-    )
 
 
 def _config(foreign: Foreign, data: DataConfig, training: TrainingConfig) -> Config:
@@ -301,10 +282,11 @@ def _to_diffusers(folder: Path, model: DiffusionModel, options: ExportOptions) -
         # The embeddings of level and class are added, so a class that never changes is part of the bias before it.
         rows = weights.pop("class_embedding.weight")
         weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + rows[label]
-        drawn = "no class (choose one with --class)" if options.class_name is None else f"class {options.class_name}"
-        console().print(f"A DDPMPipeline cannot be told a class: this one draws {drawn}.", markup=False)
         data = dataclasses.replace(data, classes=(), counts=())
     write_folder(folder, model.config.network, data, diffusion, weights)
+    if len(data.classes) < len(model.config.data.classes):
+        drawn = "no class (choose one with --class)" if options.class_name is None else f"class {options.class_name}"
+        console().print(f"A DDPMPipeline cannot be told a class: this one draws {drawn}.", markup=False)
 
 
 def _to_onnx(folder: Path, model: DiffusionModel, options: ExportOptions) -> None:

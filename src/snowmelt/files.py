@@ -3,7 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from snowmelt.errors import UserError
+
+
+@contextmanager
+def make_folder(path: Path) -> Generator[Path]:
+    """`path`, made where it was not; made folders that are still empty when the block fails go again.
+
+    Raises:
+        UserError: nothing can be written there; before the block begins.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        _make_writable(path)
+        yield path
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _make_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} cannot be written (no permission); choose another --out.")
 
 
 def sync_directory(path: Path) -> None:

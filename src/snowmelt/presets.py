@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from snowmelt.config import DataConfig, TrainingConfig, UNetConfig
 from snowmelt.errors import UserError
+from snowmelt.terminal import seconds_of
+
+if TYPE_CHECKING:
+    from snowmelt.data.prepared import Prepared
 
 WIDTHS: tuple[tuple[int, UNetConfig], ...] = (
     # up to this size: the network. Small maps are cheap, so small pictures can afford more channels.
@@ -13,6 +19,32 @@ WIDTHS: tuple[tuple[int, UNetConfig], ...] = (
     (80, UNetConfig(channels=(32, 64, 128), attention=(False, False, True), patch=2)),
     (1024, UNetConfig(channels=(64, 96, 128), attention=(False, False, True), patch=4)),
 )
+
+SHORTEST = 30.0
+"""Seconds of training; less leaves no time to train in, next to starting up and drawing the final pictures."""
+DEFAULT_SECONDS = 600.0
+FLATTEST = 1e-6
+"""Standard deviation of pictures that are all of one colour, as far as a model is concerned."""
+
+
+def facts_of(data: Prepared) -> DataConfig:
+    """What a model is told of its training pictures."""
+    counts: tuple[int, ...] = ()
+    if data.labels is not None:
+        labels = data.labels[data.train].tolist()
+        counts = tuple(labels.count(label) for label in range(len(data.classes)))
+    std = max(FLATTEST, round(data.std, 6))
+    return DataConfig(data.size, data.channels, data.classes, counts, std, data.fingerprint)
+
+
+def check_length(steps: int | None, duration: str | None) -> None:
+    """Refuse a `--steps` and a `--for` that exclude each other or train nothing."""
+    if steps is not None and duration is not None:
+        raise UserError("Give --steps or --for, not both.")
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps {steps} trains nothing; give at least 1.")
+    if duration is not None and seconds_of(duration) < SHORTEST:
+        raise UserError(f"--for {duration} is too short to train anything; give at least {SHORTEST:.0f}s.")
 
 
 def network_for(data: DataConfig) -> UNetConfig:

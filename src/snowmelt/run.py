@@ -21,6 +21,7 @@ import filelock
 
 from snowmelt import checkpoint
 from snowmelt.config import Config, read_config, to_toml
+from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
 from snowmelt.errors import UserError
 from snowmelt.files import write_atomic
 
@@ -71,6 +72,25 @@ class Run:
         """The prepared dataset: the run's own, or the one it was pointed at."""
         own = self.path / "data"
         return own if own.exists() else Path(str(self.config.request.get("source", own)))
+
+    def open_pictures(self) -> Prepared:
+        """The pictures that the run is trained on.
+
+        Raises:
+            UserError: it was imported without any, or they are gone, damaged or others.
+        """
+        if not self.config.data.fingerprint:
+            raise UserError(f"{self.path} was imported without pictures; import it again, with --pictures SOURCE.")
+        if not is_prepared(self.data):
+            own, source = self.path / "data", self.config.request.get("source", "SOURCE")
+            raise UserError(
+                f"The prepared pictures of {self.path} are gone; put {own} back, or make it again with "
+                f"`snowmelt prepare {source} --out {own} --size {self.config.data.size}`."
+            )
+        data = open_prepared(self.data)
+        if data.fingerprint != self.config.data.fingerprint:
+            raise UserError(f"The pictures in {self.data} are not the ones {self.path} was trained on; put those back.")
+        return data
 
     def folder(self, name: str) -> Path:
         """A sub-folder, made when it is not there."""

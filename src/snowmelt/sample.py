@@ -144,7 +144,7 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
     """Every picture asked for, in order."""
     if options.levels and options.steps != SampleOptions.steps:
         raise UserError("--levels and --steps exclude each other; give one.")
-    for name in ("count", "steps", "batch"):
+    for name in ("count", "batch"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; give at least 1.")
     if options.count * len(options.seeds) > MOST:

@@ -15,16 +15,12 @@ import tyro
 from snowmelt import __version__
 from snowmelt.config import Config, DataConfig, from_table, to_tables
 from snowmelt.errors import UserError, nearest
-from snowmelt.presets import check_size, network_for, training_for
+from snowmelt.presets import DEFAULT_SECONDS, check_length, check_size, facts_of, network_for, training_for
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
 if TYPE_CHECKING:
     from snowmelt.data.prepared import Prepared
     from snowmelt.run import Run
-
-SHORTEST = 30.0
-"""Seconds; less leaves no time to train in, next to starting up and drawing the final pictures."""
-DEFAULT_SECONDS = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +142,7 @@ def _check(options: TrainOptions) -> None:
             raise UserError(f"--resume RUN continues a run as it was started; leave {names} away.")
     elif options.source is None:
         raise UserError("Name a folder of images to train on, or continue a run with --resume RUN.")
-    if options.steps is not None and options.duration is not None:
-        raise UserError("Give --steps or --for, not both.")
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps {options.steps} trains nothing; give at least 1.")
-    if options.duration is not None and seconds_of(options.duration) < SHORTEST:
-        raise UserError(f"--for {options.duration} is too short to train anything; give at least {SHORTEST:.0f}s.")
+    check_length(options.steps, options.duration)
     for name, least, most in (("batch", 1, 65536), ("workers", 0, 64), ("save_every", 0, math.inf)):
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
@@ -243,7 +234,7 @@ def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]]
 
     source = Path(str(options.source))
     data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options)
-    config = resolve(_facts(data), options, overrides)
+    config = resolve(facts_of(data), options, overrides)
     check_size(config.data, config.network)
     given = overrides["training"]
     asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
@@ -252,21 +243,13 @@ def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]]
     return Run.create(path, config)
 
 
-def _facts(data: Prepared) -> DataConfig:
-    counts: tuple[int, ...] = ()
-    if data.labels is not None:
-        labels = data.labels[data.train].tolist()
-        counts = tuple(labels.count(label) for label in range(len(data.classes)))
-    return DataConfig(data.size, data.channels, data.classes, counts, round(data.std, 6), data.fingerprint)
-
-
 def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
     """The settings a person gave, as tables over the preset: those of --config, then those of the options."""
     tables: dict[str, Any] = {}
     if options.config is not None:
         try:
             tables = tomllib.loads(_settings_text(options.config))
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--config {options.config} is not readable as TOML ({error}).") from error
     for name, table in tables.items():
         if name not in SECTIONS:

@@ -86,7 +86,7 @@ def is_prepared(path: Path) -> bool:
     """Whether `path` is a folder made by `snowmelt prepare`, whatever its state."""
     try:
         return _read_json(path / "dataset.json").get("kind") == KIND
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -103,7 +103,7 @@ def open_prepared(path: Path) -> Prepared:
         )
     try:
         return _open(path, facts)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({detail}); prepare it again with --out {path}.") from error
 

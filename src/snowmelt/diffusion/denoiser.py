@@ -110,8 +110,9 @@ class Denoiser(nn.Module):
 
 
 def share(x: Images, answer: Answers) -> Images:
-    """How far the variance of a step is from its smaller bound to its larger one, in [0, 1], for each pixel.
+    """How far the variance of a step is from its smaller bound to its larger one, for each pixel: in [0, 1], or beyond.
 
-    Of the second half of the channels of a backbone that learns variances; it says -1 for the smaller bound.
+    Of the second half of the channels of a backbone that learns variances; it says -1 for the smaller bound, 1 for the
+    larger. Nothing stops it there in training, where a limit would leave it no way back.
     """
-    return (answer[:, x.shape[1] :] / 2 + 0.5).clamp(0, 1)
+    return answer[:, x.shape[1] :] / 2 + 0.5

@@ -155,12 +155,15 @@ def anderson(asked: list[Images], changes: list[Images], memory: int = 6) -> Ima
     where, change = asked[-1], changes[-1]
     if len(asked) == 1:
         return where + change
-    steps = torch.stack([where - other for other in asked[-memory:-1]], 1).flatten(2).double()
-    bends = torch.stack([change - other for other in changes[-memory:-1]], 1).flatten(2).double()
+    # In double precision, which not every device has.
+    steps, bends = (
+        torch.stack([of[-1] - other for other in of[-memory:-1]], 1).flatten(2).to("cpu", torch.float64)
+        for of in (asked, changes)
+    )
     gram = bends @ bends.mT
     ridge = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30).reshape(-1, 1, 1)
     shares = torch.linalg.solve(
-        gram + ridge * torch.eye(gram.shape[1]).to(gram), bends @ change.double().flatten(1)[..., None]
+        gram + ridge * torch.eye(gram.shape[1]).to(gram), bends @ change.flatten(1)[..., None].to(bends)
     )
     return where + change - ((steps + bends).mT @ shares).reshape(where.shape).to(where)
 
@@ -277,14 +280,18 @@ def shown(known: Tensor) -> Operator:
 class Fill(NamedTuple):
     """A way of inpainting: what the denoiser is told, and the path it is asked along."""
 
-    denoise: Callable[[Denoise, Images, Tensor], Denoise]
-    """(denoise, known, unknown) -> Denoise, as `inpainted`."""
+    denoise: Callable[[Denoise, Images, Tensor, float], Denoise]
+    """(denoise, known, unknown, standard deviation of the data) -> Denoise, as `inpainted`."""
     path: Callable[[Grid], Grid]
 
 
-def _posterior(denoise: Denoise, known: Images, unknown: Tensor) -> Denoise:
+def _replaced(denoise: Denoise, known: Images, unknown: Tensor, _spread: float) -> Denoise:
+    return inpainted(denoise, known, unknown)
+
+
+def _posterior(denoise: Denoise, known: Images, unknown: Tensor, spread: float) -> Denoise:
     seen = shown(1 - unknown)
-    return inpainted(observed(denoise, seen, seen(known), std=0.02), known, unknown)
+    return inpainted(observed(denoise, seen, seen(known), std=0.02, spread=spread), known, unknown)
 
 
 def _straight(log_snrs: Grid) -> Grid:
@@ -292,7 +299,7 @@ def _straight(log_snrs: Grid) -> Grid:
 
 
 FILLS: dict[str, Fill] = {
-    "replace": Fill(inpainted, _straight),
-    "repaint": Fill(inpainted, partial(jumping, times=5, length=5)),
+    "replace": Fill(_replaced, _straight),
+    "repaint": Fill(_replaced, partial(jumping, times=5, length=5)),
     "posterior": Fill(_posterior, _straight),
 }

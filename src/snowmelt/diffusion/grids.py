@@ -47,6 +47,10 @@ def karras_grid(schedule: Schedule, steps: int, rho: float = 7.0) -> Grid:
     return -2 * rho * torch.log(first + (last - first) * _even(steps))
 
 
+FURTHEST = 25.0
+"""Levels beyond which float32 tells nothing of the picture, or nothing of the noise."""
+MOST_STEPS = 100_000
+
 GRIDS: dict[str, Callable[[Schedule, int], Grid]] = {
     "time": time_grid,
     "log_snr": log_snr_grid,
@@ -58,12 +62,12 @@ def check_grid(log_snrs: Grid) -> Grid:
     """`log_snrs` itself.
 
     Raises:
-        UserError: it is empty, not finite, does not rise, or has more steps than float32 tells apart.
+        UserError: it is empty, leaves +-`FURTHEST`, does not rise, or has more steps than float32 tells apart.
     """
     if not len(log_snrs):
         raise UserError("0 steps make no picture; give at least 1.")
-    if not torch.isfinite(log_snrs).all():
-        raise UserError("The levels are not all finite; give log-SNRs such as -8 or 6.")
+    if not (log_snrs.abs() <= FURTHEST).all():
+        raise UserError(f"Levels lie between -{FURTHEST:g} and {FURTHEST:g}; give log-SNRs such as -8 or 6.")
     if (log_snrs.diff() <= 0).any():
         raise UserError("The levels do not rise from noise to picture; give log-SNRs in rising order.")
     if (log_snrs.float().diff() <= 0).any():

@@ -22,6 +22,9 @@ from torch import Tensor
 from snowmelt.diffusion.schedules import Schedule, slope
 from snowmelt.shapes import Levels
 
+LEVELS_STATE = "levels/"
+"""What the names begin with of all that training levels ask a checkpoint to keep."""
+
 
 class Drawn(NamedTuple):
     """Levels for a batch, a value for each picture."""
@@ -71,7 +74,8 @@ def free_places(count: int, rng: torch.Generator) -> Levels:
 
 def _normal_quantile(place: Levels) -> Levels:
     """Of the standard normal distribution; within +-5, where float32 still tells quantiles apart."""
-    inside = place.double().clamp(3e-7, 1 - 3e-7)
+    # On the CPU, since not every device has doubles.
+    inside = place.to("cpu", torch.float64).clamp(3e-7, 1 - 3e-7)
     return (math.sqrt(2) * torch.erfinv(2 * inside - 1)).to(place)
 
 
@@ -151,11 +155,11 @@ class Importance(Scheduled):
 
     def tensors(self) -> dict[str, Tensor]:
         """The mean squares."""
-        return {"levels/squares": self.squares}
+        return {f"{LEVELS_STATE}squares": self.squares}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put them back."""
-        self.squares = tensors["levels/squares"].clone()
+        self.squares = tensors[f"{LEVELS_STATE}squares"].clone()
 
 
 def lognormal(_schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Scheduled:

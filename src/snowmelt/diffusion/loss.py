@@ -93,7 +93,7 @@ WEIGHTS: dict[str, Weight] = {
 def denoising_losses(
     denoiser: Denoiser, x0: Images, drawn: Drawn, x: Images, answer: Answers, *, weight: Weight
 ) -> Levels:
-    """(batch,) the mean weighted error of each picture.
+    """(batch,) the mean weighted error of each picture; `drawn.correction` is left to whoever takes their mean.
 
     Args:
         x0: clean images in [-1, 1].
@@ -104,7 +104,7 @@ def denoising_losses(
     _, c_skip, c_out = denoiser.coefficients(drawn.log_snr, x)
     error = answer[:, : x.shape[1]] - (x0 - c_skip * x) / c_out
     place = Place(drawn.log_snr, drawn.density, c_out.flatten(), denoiser.data_std)
-    return weight(place) * drawn.correction * (error**2).flatten(1).mean(1)
+    return weight(place) * (error**2).flatten(1).mean(1)
 
 
 def denoising_loss(

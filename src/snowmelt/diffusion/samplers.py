@@ -11,6 +11,7 @@ every step, so that progress, previews, trajectories and stopping early need no 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,38 +44,46 @@ def _posterior_step(variance: Variance) -> Advance:
     return advance
 
 
-def multistep(
-    denoise: Denoise,
-    x: Images,
-    log_snrs: Path,
-    noise_source: NoiseSource,
-    *,
-    order: int = 1,
-    form: Form = DATA,
-    eta: float = 0.0,
-    corrected: bool = False,
-) -> Iterator[Step]:
-    """Steps that use the last `order` answers; one evaluation for each level.
+@dataclass(frozen=True)
+class Multistep:
+    """How a multistep sampler makes its steps."""
 
-    Args:
-        form: what is put between the levels: `DATA`, `NOISE` or `COUNTED`.
-        eta: 0 (no fresh noise) to 1 (as much as DDPM); the noise forms know 0 only.
-        corrected: before each step take the last one again, now knowing the answer at its end (UniPC).
-    """
-    before: deque[Step] = deque(maxlen=order)
+    order: int = 1
+    """Answers that a step uses."""
+    form: Form = DATA
+    """What is put between the levels."""
+    eta: float = 0.0
+    """0 (no fresh noise) to 1 (as much as DDPM)."""
+    corrected: bool = False
+    """Before each step take the last one again, now knowing the answer at its end (UniPC)."""
+
+    def __post_init__(self) -> None:
+        assert self.order >= 1 and 0 <= self.eta <= 1
+        assert not self.eta or self.form is DATA, "the noise forms solve the equation without fresh noise"
+        assert not (self.eta and self.corrected), "a step that drew noise cannot be taken again"
+
+
+def multistep(
+    denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource, how: Multistep = Multistep()
+) -> Iterator[Step]:
+    """Steps that use the last answers; one evaluation for each level."""
+    form, before = how.form, deque[Step](maxlen=how.order)
+    expected = math.nan
 
     def solved(start: Step, answers: list[Step], following: float, tau: float) -> Images:
         weights = form.weights([float(one.log_snr) for one in answers], float(start.log_snr), following, tau)
         return combined(weights, start.x, [form.value(one) for one in answers])
 
     def advance(step: Step, following: Level, fresh: Fresh) -> Images:
-        if before and step.log_snr <= before[0].log_snr:
-            before.clear()
+        nonlocal expected
         level, stop = float(step.log_snr), float(following)
-        if corrected and before:
+        if level != expected:
+            # The path fell: these answers were about another noise.
+            before.clear()
+        if how.corrected and before:
             step = step._replace(x=solved(before[0], [step, *before], level, 0.0))
         before.appendleft(step)
-        tau = tau_of(eta, level, stop)
+        tau, expected = tau_of(how.eta, level, stop), stop
         x = solved(step, list(before), stop, tau)
         return x + fresh_scale(level, stop, tau) * fresh() if tau else x
 
@@ -143,7 +152,11 @@ class Method:
         return self.sampler(denoise, x, log_snrs, noise_source)
 
 
-_DDIM = partial(multistep, order=1)
+def _solver(how: Multistep) -> Sampler:
+    return partial(multistep, how=how)
+
+
+_DDIM = _solver(Multistep())
 
 SAMPLERS: dict[str, Method] = {
     "ddpm": Method(ancestral, "time", None, "fresh noise at every step"),
@@ -153,13 +166,13 @@ SAMPLERS: dict[str, Method] = {
     "heun": Method(heun, "karras", 2, "two evaluations for each level"),
     "heun_churn": Method(heun_churn, "karras", None, "Heun with EDM's churn"),
     "dpmpp_1s": Method(_DDIM, "log_snr", 1, "DPM-Solver++ of first order: DDIM"),
-    "dpmpp_2m": Method(partial(multistep, order=2), "log_snr", 2, "DPM-Solver++ from two answers"),
-    "dpmpp_3m": Method(partial(multistep, order=3), "log_snr", 3, "DPM-Solver++ from three answers"),
-    "dpmpp_2m_sde": Method(partial(multistep, order=2, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
-    "dpmpp_3m_sde": Method(partial(multistep, order=3, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
-    "unipc": Method(partial(multistep, order=3, corrected=True), "log_snr", 4, "three answers, each step corrected"),
-    "deis": Method(partial(multistep, order=3, form=NOISE), "log_snr", 3, "the noise of three answers"),
-    "ipndm": Method(partial(multistep, order=4, form=COUNTED), "karras", 2, "the noise of four, as if evenly spaced"),
+    "dpmpp_2m": Method(_solver(Multistep(order=2)), "log_snr", 2, "DPM-Solver++ from two answers"),
+    "dpmpp_3m": Method(_solver(Multistep(order=3)), "log_snr", 3, "DPM-Solver++ from three answers"),
+    "dpmpp_2m_sde": Method(_solver(Multistep(order=2, eta=1.0)), "log_snr", None, "the same with DDPM's fresh noise"),
+    "dpmpp_3m_sde": Method(_solver(Multistep(order=3, eta=1.0)), "log_snr", None, "the same with DDPM's fresh noise"),
+    "unipc": Method(_solver(Multistep(order=3, corrected=True)), "log_snr", 4, "three answers, each step corrected"),
+    "deis": Method(_solver(Multistep(order=3, form=NOISE)), "log_snr", 3, "the noise of three answers"),
+    "ipndm": Method(_solver(Multistep(order=4, form=COUNTED)), "karras", 2, "the noise of four, as if evenly spaced"),
     "predictor_corrector": Method(predictor_corrector, "time", None, "DDPM, then Langevin at the same level"),
     "restart": Method(restart, "karras", None, "Heun, the middle of the way taken again from added noise"),
 }

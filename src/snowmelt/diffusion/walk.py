@@ -40,7 +40,8 @@ Advance: TypeAlias = Callable[[Step, Level, Fresh], Images]
 
 def evaluate(denoise: Denoise, x: Images, log_snr: Level) -> Step:
     """Ask `denoise` once."""
-    return Step(x, log_snr, denoise(x, log_snr.to(x.device, x.dtype)))
+    # At least float32: neighbouring levels are alike in fewer digits.
+    return Step(x, log_snr, denoise(x, log_snr.to(x.device, torch.promote_types(x.dtype, torch.float32))))
 
 
 def walk(denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource, advance: Advance) -> Iterator[Step]:

@@ -16,6 +16,7 @@ from snowmelt.diffusion.editing import Operator, inversion, observed, psnr
 from snowmelt.diffusion.guidance import THRESHOLDS
 from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.walk import NoiseSource, Step
+from snowmelt.errors import UserError
 from snowmelt.models.base import Drawing
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.run import Run
@@ -68,7 +69,16 @@ class Canvas:
         return _last(SAMPLERS[self.drawing.sampler](within, x, log_snrs, self.noise), "Drawing", len(log_snrs)).x0
 
     def inverted(self, photo: Images, rounds: int) -> Images:
-        """The noise that DDIM turns into `photo` on this canvas, all of whose pictures have one class."""
+        """The noise that DDIM turns into `photo` on this canvas, all of whose pictures have one class.
+
+        Raises:
+            UserError: the drawing's guidance has no inverse.
+        """
+        if self.drawing.guide == "projected" and self.drawing.guidance != 1:
+            raise UserError(
+                "--guide projected goes by what it has drawn before, so it cannot be drawn backwards from a photo; "
+                "leave it away."
+            )
         labels = None if self.labels is None else self.labels[: len(photo)]
         denoise = self.model.denoise(labels, self.drawing)
         return _last(inversion(denoise, photo, self.grid, rounds=rounds), "Inverting", self.drawing.count).x

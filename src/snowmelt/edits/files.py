@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,11 @@ from snowmelt.checkpoint import read_state
 from snowmelt.data.pixels import to_pixels
 from snowmelt.edits.canvas import Result
 from snowmelt.edits.options import EditOptions, is_positional, option_name, pictures_named
-from snowmelt.errors import UserError
 from snowmelt.files import write_atomic
 from snowmelt.pictures import picture, save_png, sheet
 
 WIDEST = 12
 """Pictures in a row of the sheet."""
-
-
-def make_folder(out: Path) -> Path:
-    """`out`, made where it was not.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
-    if not os.access(out, os.W_OK):
-        raise UserError(f"{out} cannot be written (no permission); choose another --out.")
-    return out
 
 
 def write_edit(out: Path, kind: str, options: EditOptions, checkpoint: Path, result: Result) -> list[Path]:

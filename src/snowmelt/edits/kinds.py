@@ -35,7 +35,7 @@ def inpaint(canvas: Canvas, options: InpaintOptions) -> Result:
     """What could be where the mask is white."""
     fill = choose(FILLS, options.fill, "fill")
     known, unknown = canvas.photo(options.photo), _mask(canvas, options)
-    denoise = fill.denoise(canvas.denoise(), known, unknown)
+    denoise = fill.denoise(canvas.denoise(), known, unknown, canvas.run.config.data.std)
     images = canvas.walk(denoise, canvas.noise(0), fill.path(canvas.grid))
     return Result(images, [known, known * (1 - unknown)], {"share filled": round(float(unknown.mean()), 4)})
 
@@ -119,6 +119,9 @@ def enlarge(canvas: Canvas, options: EnlargeOptions) -> Result:
 
 def restore(canvas: Canvas, options: RestoreOptions) -> Result:
     """What the damage turns into the photo."""
+    size = canvas.run.config.data.size
+    if options.width > size:
+        raise UserError(f"--width is {options.width:g}, more than the pictures have; give at most {size}.")
     damages: dict[str, Operator] = {"blur": blurred(options.width), "grey": greyed}
     operator = choose(damages, options.damage, "damage")
     if operator is greyed and canvas.run.config.data.channels == 1:

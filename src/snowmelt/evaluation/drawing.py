@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,13 +66,24 @@ def measured_variance(run: Run, model: DiffusionModel) -> Variance:
     """
     newest = run.newest_checkpoint()
     assert newest is not None, "a model was loaded from it"
-    levels = log_snr_grid(model.schedule, MEASURED_LEVELS)
     path, weights = run.folder("evaluations") / "variance.json", checkpoint.read_state(newest)["sha256"]["average"]
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known.get("weights") != weights:
-        known = {"weights": weights, "log_snr": levels.tolist(), "noise_power": _powers(run, model)}
-        write_atomic(path, json.dumps(known, indent=1))
-    return analytic(levels, known["noise_power"])
+    levels, powers = _kept(path, weights) or ([], [])
+    if not levels:
+        grid = log_snr_grid(model.schedule, MEASURED_LEVELS)
+        levels, powers = grid.tolist(), _powers(run, model)
+        write_atomic(path, json.dumps({"weights": weights, "log_snr": levels, "noise_power": powers}, indent=1))
+    return analytic(torch.tensor(levels, dtype=torch.float64), powers)
+
+
+def _kept(path: Path, weights: str) -> tuple[list[float], list[float]] | None:
+    """Levels and powers measured before with these weights; None where there are none that can be used."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        levels, powers = ([float(value) for value in known[name]] for name in ("log_snr", "noise_power"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    rising = all(low < high for low, high in pairwise(levels))
+    return (levels, powers) if known["weights"] == weights and len(levels) == len(powers) > 1 and rising else None
 
 
 def _powers(run: Run, model: DiffusionModel) -> list[float]:

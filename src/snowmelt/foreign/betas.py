@@ -5,7 +5,6 @@ How pictures are drawn (steps, clipping, spacing) is chosen here when drawing, s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +44,7 @@ KINDS = (
     "LMSDiscreteScheduler",
 )
 """Those that draw from a network trained on a table of betas."""
+MOST_STEPS = 100_000
 
 
 def diffusion_of(settings: Mapping[str, Any], where: Path, *, learns_variance: bool) -> DiffusionConfig:
@@ -57,7 +57,7 @@ def diffusion_of(settings: Mapping[str, Any], where: Path, *, learns_variance: b
     if kind not in KINDS:
         raise UserError(f"{where} is of a {kind}, which has no table of betas; {nearest(str(kind), KINDS)}.")
     prediction = settings.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise UserError(f"{where} has prediction_type = {prediction!r}; {nearest(str(prediction), PREDICTIONS)}.")
     if learns_variance != (settings.get("variance_type") == "learned_range"):
         raise UserError(
@@ -86,25 +86,27 @@ def diffusion_of(settings: Mapping[str, Any], where: Path, *, learns_variance: b
 
 def _betas(settings: Mapping[str, Any], where: Path) -> Tensor:
     steps, given = settings.get("num_train_timesteps", 1000), cast(Any, settings.get("trained_betas"))
-    if type(steps) is not int or steps < 2:
-        raise UserError(f"{where} has num_train_timesteps = {steps!r}; it must be a whole number of at least 2.")
+    if type(steps) is not int or not 2 <= steps <= MOST_STEPS:
+        raise UserError(f"{where} has num_train_timesteps = {steps!r}; give a whole number from 2 to {MOST_STEPS:,}.")
     if given is not None:
-        if not isinstance(given, list) or len(cast(list[Any], given)) != steps or not all(map(_number, given)):
-            raise UserError(f"{where} has trained_betas that are not {steps} numbers, one for each step.")
+        if not isinstance(given, list) or len(cast(list[Any], given)) != steps or not all(map(_is_beta, given)):
+            raise UserError(
+                f"{where} has trained_betas that are not {steps} numbers between 0 and 1, one for each step."
+            )
         betas = torch.tensor(given, dtype=torch.float64)
     else:
         name = settings.get("beta_schedule", "linear")
-        if name not in TABLES:
+        if not isinstance(name, str) or name not in TABLES:
             raise UserError(f"{where} has beta_schedule = {name!r}; {nearest(str(name), TABLES)}.")
         ends = settings.get("beta_start", 1e-4), settings.get("beta_end", 0.02)
-        if not all(map(_number, ends)):
-            raise UserError(f"{where} has betas from {ends[0]!r} to {ends[1]!r}, which are no numbers.")
+        if not all(map(_is_beta, ends)):
+            raise UserError(f"{where} has betas from {ends[0]!r} to {ends[1]!r}; give numbers between 0 and 1.")
         betas = TABLES[name](steps, *ends)
     return zero_terminal_snr(betas) if settings.get("rescale_betas_zero_snr") is True else betas
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_beta(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
 
 
 def scheduler_of(diffusion: DiffusionConfig) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def read_json(path: Path, else_say: str = "") -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{else_say or f'{path} is missing'}; name one that save_pretrained made.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable as JSON ({error}); put the original back.") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object; put the original back.")

@@ -12,12 +12,12 @@ import torch
 from snowmelt.config import Config
 from snowmelt.device import Precision
 from snowmelt.diffusion.denoiser import PREDICTS
-from snowmelt.diffusion.grids import GRIDS, given_grid
+from snowmelt.diffusion.grids import GRIDS, MOST_STEPS, given_grid
 from snowmelt.diffusion.guidance import GUIDANCES, THRESHOLDS
 from snowmelt.diffusion.levels import LEVELS
 from snowmelt.diffusion.loss import WEIGHTS
 from snowmelt.diffusion.noise import BOUND
-from snowmelt.diffusion.samplers import SAMPLERS
+from snowmelt.diffusion.samplers import SAMPLERS, ancestral
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.diffusion.variance import VARIANCES
 from snowmelt.errors import UserError, choose
@@ -64,26 +64,46 @@ def check_names(config: Config) -> None:
 
 
 def check_drawing(drawing: Drawing, *, classes: bool) -> None:
-    """Refuse names that are not known, levels that do not rise, and guidance by classes where there are none."""
-    choose(SAMPLERS, drawing.sampler, "sampler")
+    """Refuse what can be refused without the run: unknown names, options without effect, numbers out of range."""
+    method = choose(SAMPLERS, drawing.sampler, "sampler")
     choose(THRESHOLDS, drawing.threshold, "threshold")
     choose(GUIDANCES, drawing.guide, "guide")
+    choose(dict.fromkeys(("no_class", "early")), drawing.away_from, "estimate to go away from")
     if drawing.schedule is not None:
         choose(SCHEDULES, drawing.schedule, "schedule")
     if drawing.spacing is not None:
         choose(GRIDS, drawing.spacing, "spacing")
     if drawing.variance is not None:
         choose(dict.fromkeys((*VARIANCES, "analytic", "learned")), drawing.variance, "variance")
-    choose(dict.fromkeys(("no_class", "early")), drawing.away_from, "estimate to go away from")
+        if method.sampler is not ancestral:
+            raise UserError(f"{drawing.sampler} has no variance to choose; leave --variance away, or take ddpm.")
+    _check_levels(drawing)
+    _check_guidance(drawing, classes=classes)
+
+
+def _check_levels(drawing: Drawing) -> None:
+    if not 1 <= drawing.steps <= MOST_STEPS:
+        raise UserError(f"--steps is {drawing.steps}; give 1 to {MOST_STEPS:,}, such as 50.")
+    if drawing.levels:
+        given_grid(drawing.levels)
+        for name in ("schedule", "spacing"):
+            if getattr(drawing, name) is not None:
+                raise UserError(f"--levels says all of the levels; leave --{name} away.")
+
+
+def _check_guidance(drawing: Drawing, *, classes: bool) -> None:
+    plain = Drawing()
+    for name in ("guide", "away_from", "guidance_range", "guidance_rescale"):
+        if drawing.guidance == 1 and getattr(drawing, name) != getattr(plain, name):
+            raise UserError(f"--{name.replace('_', '-')} does nothing without guidance; add --guidance 2, say.")
+    if not math.isfinite(drawing.guidance):
+        raise UserError(f"--guidance is {drawing.guidance}; give a number such as 1 or 2.")
+    if not 0 <= drawing.guidance_rescale <= 1:
+        raise UserError(f"--guidance-rescale is {drawing.guidance_rescale}; give a share from 0 to 1.")
     if drawing.guidance != 1 and drawing.away_from == "no_class" and not classes:
         raise UserError(
             "--guidance holds a picture to its class, and there is none here; leave it away, or add --away-from early."
         )
-    if drawing.levels:
-        given_grid(drawing.levels)
-    for name in ("guidance", "guidance_rescale"):
-        if not math.isfinite(getattr(drawing, name)):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(drawing, name)}; give a number such as 1 or 2.")
     low, high = drawing.guidance_range or (0.0, 1.0)
     if not low < high:
         raise UserError(f"--guidance-range {low:g} {high:g} is empty; give a lower and a higher log-SNR, such as -4 4.")

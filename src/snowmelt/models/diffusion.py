@@ -15,7 +15,7 @@ from snowmelt.device import Precision
 from snowmelt.diffusion.denoiser import Denoise, Denoiser, share
 from snowmelt.diffusion.grids import GRIDS, check_grid, given_grid
 from snowmelt.diffusion.guidance import GUIDANCES, THRESHOLDS, once, rescaled, within
-from snowmelt.diffusion.levels import LEVELS, Drawn
+from snowmelt.diffusion.levels import LEVELS, LEVELS_STATE, Drawn
 from snowmelt.diffusion.loss import WEIGHTS, denoising_losses
 from snowmelt.diffusion.noise import add_noise, alpha_sigma
 from snowmelt.diffusion.process import gaussian_kl
@@ -71,7 +71,7 @@ class Uncertainty(nn.Module):
         return self.linear(sinusoids(ddpm_time(log_snr.float()), self.WIDTH)).flatten()
 
 
-class Bound:
+class Asked:
     """A denoiser with its class bound, that remembers its last answer for `variance`."""
 
     def __init__(self, model: DiffusionModel, labels: Labels | None) -> None:
@@ -90,7 +90,7 @@ class Bound:
         if self.last is None or self.last[0] is not x:
             self(x, log_snr.to(x.device, x.dtype))
         assert self.last is not None
-        return interpolated(share(x, self.last[1]), x, log_snr, following)
+        return interpolated(share(x, self.last[1]).clamp(0, 1), x, log_snr, following)
 
 
 class DiffusionModel(Model):
@@ -111,10 +111,10 @@ class DiffusionModel(Model):
         self.weaker: dict[str, Callable[[Labels | None], Denoise]] = {"no_class": lambda _labels: self.bind(None)}
         """What `Drawing.away_from` may name; an early state of the same model can be added."""
 
-    def bind(self, labels: Labels | None) -> Bound:
+    def bind(self, labels: Labels | None) -> Asked:
         """The denoiser with its class bound, computing in the run's precision; dropout is off."""
         self.eval()
-        return Bound(self, labels)
+        return Asked(self, labels)
 
     def guided(self, plain: Denoise, labels: Labels | None, drawing: Drawing) -> Denoise:
         """`plain` with the guidance and the threshold of `drawing`."""
@@ -144,13 +144,10 @@ class DiffusionModel(Model):
         spacing = drawing.spacing or choose(SAMPLERS, drawing.sampler, "sampler").grid
         return check_grid(choose(GRIDS, spacing, "grid")(schedule, drawing.steps))
 
-    def sampler(self, drawing: Drawing, plain: Bound) -> Sampler:
+    def sampler(self, drawing: Drawing, plain: Asked) -> Sampler:
         """The sampler that `drawing` asks for; `plain` tells the variance where that is learned."""
-        method = choose(SAMPLERS, drawing.sampler, "sampler")
         if drawing.variance is None:
-            return method
-        if method.sampler is not ancestral:
-            raise UserError(f"{drawing.sampler} has no variance to choose; leave it away, or take ddpm.")
+            return choose(SAMPLERS, drawing.sampler, "sampler")
         if drawing.variance == "learned":
             if self.config.diffusion.variance != "learned":
                 raise UserError("This run has not learned a variance; choose posterior, forward or analytic.")
@@ -204,10 +201,10 @@ class DiffusionLearner:
             labels = labels.masked_fill(hidden, len(self.config.data.classes))
         with self.model.precision.autocast():
             losses, variance = self._losses(images, labels, drawn, noise)
-        doubt = self.model.uncertainty(drawn.log_snr)
-        loss = (losses.float() / doubt.exp() + doubt + variance).mean()
-        value = loss.item()
-        if not math.isfinite(value):
+        losses, doubt = losses.float(), self.model.uncertainty(drawn.log_snr)
+        loss = (drawn.correction * (losses / doubt.exp() + doubt + variance)).mean()
+        value = (drawn.correction * losses).mean().item()
+        if not math.isfinite(value + loss.item()):
             return Update({"loss": value}, finite=False)
         loss.backward()
         finite = self.optimizer.step(learning_rate)
@@ -250,8 +247,9 @@ class DiffusionLearner:
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put them back."""
-        mine = self.levels.tensors()
-        self.levels.load({name: tensors[name] for name in mine})
+        mine = {name for name in tensors if name.startswith(LEVELS_STATE)}
+        if mine == self.levels.tensors().keys():
+            self.levels.load({name: tensors[name] for name in mine})
         self.optimizer.load({name: tensor for name, tensor in tensors.items() if name not in mine})
 
 

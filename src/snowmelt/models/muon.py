@@ -56,7 +56,10 @@ class Muon(torch.optim.Optimizer):
         directions: list[Tensor] = []
         for weight in weights:
             assert weight.grad is not None
-            buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+            state = self.state[weight]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            buffer = state["momentum_buffer"]
             buffer.lerp_(weight.grad, 1 - momentum)
             directions.append(weight.grad.lerp(buffer, momentum))
         stack = torch.stack(directions)

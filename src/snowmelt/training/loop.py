@@ -88,13 +88,19 @@ def fit(session: Session, progress: Progress) -> Progress:
         if plan.decides_at(progress.step, trained):
             decide(session, progress, fmean(durations))
         watch.preview_if_due(progress)
-        if plan.due(progress.step, [EARLY]):
-            checkpoint.save(session.run.early, progress.step, {"average": session.average.state()}, progress.as_dict())
+        keep_early(session, progress)
         if time.monotonic() - saved >= session.save_every and not progress.in_a_row:
             save(session, progress)
             saved = time.monotonic()
     save(session, progress)
     return progress
+
+
+def keep_early(session: Session, progress: Progress) -> None:
+    """Keep the average weights for good, once, after `EARLY` of the training."""
+    horizon = session.plan.horizon(progress.step)
+    if horizon is not None and progress.step >= EARLY * horizon and not checkpoint.steps_saved(session.run.early):
+        checkpoint.save(session.run.early, progress.step, {"average": session.average.state()}, progress.as_dict())
 
 
 def stopped(session: Session, progress: Progress) -> Stopped:

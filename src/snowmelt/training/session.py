@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from snowmelt.config import Config
-from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
+from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch, Stream
 from snowmelt.data.workers import cores
 from snowmelt.device import Precision, faster_precision, make_precision, pick_device
@@ -71,21 +71,9 @@ def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
 
     Raises:
         Stopped: on Ctrl-C or SIGTERM, after saving.
-        UserError: see `fit`, `restore` and `open_prepared`.
+        UserError: see `fit`, `restore` and `Run.open_pictures`.
     """
-    if not run.config.data.fingerprint:
-        raise UserError(
-            f"{run.path} was imported without pictures; import it again, with --pictures SOURCE to train on."
-        )
-    if not is_prepared(run.data):
-        source = run.config.request.get("source", "SOURCE")
-        raise UserError(
-            f"The prepared pictures of {run.path} are gone; put {run.path / 'data'} back, or make it again with "
-            f"`snowmelt prepare {source} --out {run.path / 'data'} --size {run.config.data.size}`."
-        )
-    data = open_prepared(run.data)
-    if data.fingerprint != run.config.data.fingerprint:
-        raise UserError(f"The pictures in {run.data} are not the ones {run.path} was trained on; put those back.")
+    data = run.open_pictures()
     with catch_signals() as stop:
         session, progress = _set_up(run, data, here, log, stop, started)
         try:
