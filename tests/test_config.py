@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,43 @@ def test_values_are_not_bent_into_another_type(key, value):
 def test_wrong_shapes_are_refused(table):
     with pytest.raises(UserError):
         from_table(Config, {"data": {"size": 8, "channels": 1}, **table}, "f")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "named"),
+    [
+        ("data", {"size": 0}, "data.size is 0"),
+        ("data", {"channels": 2}, "data.channels is 2; give 1"),
+        ("data", {"std": 0.0}, "data.std is 0.0"),
+        ("data", {"std": math.nan}, "data.std is nan"),
+        ("data", {"counts": (1,)}, "data.counts"),
+        ("data", {"classes": ("a", "b"), "counts": (1,)}, "data.counts"),
+        ("data", {"classes": ("a", "b"), "counts": (2, -1)}, "data.counts"),
+        ("data", {"classes": ("a", "b"), "counts": (0, 0)}, "data.counts"),
+        ("network", {"dropout": 2.0}, "network.dropout is 2.0"),
+        ("network", {"dropout": 1.0}, "network.dropout is 1.0"),
+        ("network", {"dropout": math.nan}, "network.dropout is nan"),
+        ("network", {"frequency_shift": math.nan}, "network.frequency_shift is nan"),
+        ("network", {"frequency_shift": -math.inf}, "network.frequency_shift is -inf"),
+        ("network", {"channels": (2**40,), "attention": (False,)}, "with 1099511627776 channels is too large"),
+        ("network", {"channels": (8,) * 17, "attention": (False,) * 17}, "with 17 sizes is too large"),
+        ("network", {"blocks": 10**9}, "with 1000000000 blocks at each size is too large"),
+        ("network", {"patch": 65}, "with 65 pixels to the side of a patch is too large"),
+        ("training", {"steps": -(10**400)}, "training.steps is -1000"),
+    ],
+)
+def test_what_no_run_can_have_is_refused(section, values, named):
+    tables = {"data": {"size": 8, "channels": 1}}
+    tables[section] = tables.get(section, {}) | values
+    with pytest.raises(UserError) as refusal:
+        from_table(Config, tables, "here")
+    assert named in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 200_000, "a = 1" + "0" * 5000])
+def test_toml_beyond_the_reader_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="not readable as TOML"):
+        read_config(written(tmp_path, text))
 
 
 @pytest.mark.parametrize("width", [104, 48])

@@ -206,6 +206,19 @@ MISTAKES = {
     "no noise": (["enlarge", "RUN", "tiny.png", "--noise", "0"], "--noise is 0.0; give a number above 0"),
     "a factor that does not divide": (["enlarge", "RUN", "tiny.png", "--factor", "3"], "choose one of: 2, 4, 8"),
     "an unknown damage": (["restore", "RUN", "small.png", "--damage", "blurr"], "did you mean 'blur'?"),
+    "a blur wider than the picture": (
+        ["restore", "RUN", "small.png", "--width", "1e12"],
+        "--width is 1e+12, more than the pictures have; give at most 8",
+    ),
+    "a guide without inverse": (
+        ["invert", "RUN", "small.png", "--class", "a", "--guidance", "2", "--guide", "projected"],
+        "--guide projected goes by what it has drawn before",
+    ),
+    "a guide without inverse between pictures": (
+        ["interpolate", "RUN", "1", "small.png", "--class", "a", "--guidance", "2", "--guide", "projected"],
+        "cannot be drawn backwards",
+    ),
+    "a mistake with a place to be made": (["vary", "RUN", "nothing.png", "--out", "new/place"], "no file nothing.png"),
     "colours of a grey run": (["restore", "RUN", "small.png", "--damage", "grey"], "this run draws in grey"),
     "an unknown sampler": (["vary", "RUN", "small.png", "--sampler", "ddi"], "did you mean 'ddim'?"),
     "an unknown class": (["vary", "RUN", "small.png", "--class", "c"], "There is no class 'c'"),
@@ -240,6 +253,17 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(grey, colour, here, capsys
     assert said in err, err
     assert err.count("\n") == 1 and "Traceback" not in err, err
     assert {path: path.stat().st_mtime_ns for folder in (here, grey, colour) for path in folder.rglob("*")} == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before_drawing(grey, here, capsys, monkeypatch):
+    monkeypatch.setitem(KINDS, "vary", lambda canvas, options: pytest.fail("drawn"))
+    assert cli(["edit", "vary", str(grey), "small.png", "--out", "notes.png/inside"]) == 2
+    assert "notes.png/inside cannot be written" in capsys.readouterr().err
+
+
+def test_between_seeds_any_guide_will_do(grey, here):
+    words = ["--class", "a", "--guidance", "2", "--guide", "projected", "--steps", "2", "--count", "2"]
+    assert cli(["edit", "interpolate", str(grey), "1", "2", *words]) == 0
 
 
 def test_help_names_the_kinds(capsys):

@@ -62,11 +62,28 @@ def walked(sampler: str, denoise, x: Tensor, grid: Tensor, shape: tuple[int, ...
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_known_pixels_come_out_as_they_went_in(name, sampler):
     fill, known = FILLS[name], PICTURES[:1]
-    denoise = fill.denoise(MIXTURE.denoise, known, TOP)
+    denoise = fill.denoise(MIXTURE.denoise, known, TOP, 0.5)
     x = draws(3, 1, 4, 4)
     last = walked(sampler, denoise, x, fill.path(time_grid(cosine, 12)), tuple(x.shape))[-1].x0
     assert torch.equal(last[:, :, :2], known[:, :, :2].expand(3, 1, 2, 4))
     assert not torch.isclose(last[:, :, 2:], known[:, :, 2:]).all()
+
+
+def test_the_posterior_fill_knows_the_spread_of_the_data():
+    """Data of deviation 0.1 whose pixels are all alike: what is known of one half is Bayes' rule for the other."""
+    level, spread, x = torch.tensor(0.0, dtype=torch.float64), 0.1, draws(1, 1, 4, 4)
+    known = torch.full((1, 1, 4, 4), 0.2, dtype=torch.float64)
+    alpha, sigma = alpha_sigma(level, x)
+
+    def alike(x: Tensor, _log_snr: Tensor) -> Tensor:
+        share = alpha * spread**2 / (16 * alpha**2 * spread**2 + sigma**2)
+        return (share * x.sum()).expand_as(x)
+
+    found = FILLS["posterior"].denoise(alike, known, TOP, spread)(x, level)
+    by_hand = observed(alike, shown(1 - TOP), known * (1 - TOP), 0.02, spread=spread)(x, level)
+    torch.testing.assert_close(found[:, :, 2:], by_hand[:, :, 2:])
+    other = FILLS["posterior"].denoise(alike, known, TOP, 0.5)(x, level)
+    assert (found - other)[:, :, 2:].abs().min() > 1e-3
 
 
 def test_a_known_pixel_keeps_its_noise_along_the_walk():

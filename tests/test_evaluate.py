@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from snowmelt import checkpoint
 from snowmelt.cli import run as cli
-from snowmelt.config import Config, DataConfig, UNetConfig
+from snowmelt.config import Config, DataConfig, DiffusionConfig, UNetConfig
 from snowmelt.data.pixels import to_images
 from snowmelt.data.prepared import open_prepared
 from snowmelt.device import Precision
@@ -39,7 +40,7 @@ def untrained(tmp_path_factory) -> Path:
     data = open_prepared(path / "data")
     about = DataConfig(data.size, data.channels, data.classes, std=data.std, fingerprint=data.fingerprint)
     network = UNetConfig(channels=(8,), attention=(False,), groups=4, head_channels=8)
-    run = Run.create(path, Config(about, network=network))
+    run = Run.create(path, Config(about, network=network, diffusion=DiffusionConfig(predicts="edm")))
     model = build_model(run.config, Precision(torch.device("cpu")))
     checkpoint.save(run.checkpoints, 0, {"average": model.state_dict()}, {})
     return path
@@ -106,6 +107,9 @@ def test_the_same_command_gives_the_same_figures_in_any_batch(untrained):
         (["--bits", "--cleanest", "11"], "--cleanest is 11; give a log-SNR above -10 and up to 10"),
         (["--bits", "--cleanest", "-10"], "--cleanest is -10"),
         (["--bits", "--cleanest", "nan"], "--cleanest is nan"),
+        (["--bits", "--cleanest", "11", "--variance", "analytic"], "--cleanest is 11"),
+        (["--bits", "--bound-steps", "1000001"], "--bound-steps is 1000001; give at most 1,000,000"),
+        (["--bits", "--ode-steps", "10001"], "--ode-steps is 10001; give at most 10,000"),
         (["--bits", "--variance", "forwards"], "did you mean 'forward'?"),
         (["--bits", "--variance", "learned"], "was not taught a variance"),
         (["--bits", "--device", "cuda:9"], "There is no device 'cuda:9'"),
@@ -135,4 +139,18 @@ def test_a_run_without_its_pictures_says_so(untrained, tmp_path, capsys):
     (tmp_path / "run" / "checkpoints").symlink_to(untrained / "checkpoints")
     (tmp_path / "run" / "data").mkdir()
     assert cli(["evaluate", str(tmp_path / "run"), "--bits"]) == 2
-    assert "is no prepared dataset" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "are gone; put" in err and "snowmelt prepare" in err and err.count("\n") == 1
+
+
+def test_other_pictures_than_those_of_the_training_are_refused(untrained, tmp_path, capsys):
+    config = Run.open(untrained).config
+    for fingerprint, said in (("another", "are not the ones"), ("", "imported without pictures; import it again")):
+        run = tmp_path / (fingerprint or "none")
+        Run.create(run, dataclasses.replace(config, data=dataclasses.replace(config.data, fingerprint=fingerprint)))
+        for part in ("checkpoints", "data"):
+            (run / part).symlink_to(untrained / part)
+        assert cli(["evaluate", str(run), "--bits"]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+        assert not (run / "evaluations").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -359,7 +360,7 @@ def test_labels_without_pictures_are_numbers(tmp_path):
 def test_notes_of_another_network_are_ignored(tmp_path):
     folder = exported(run_of(tmp_path / "run", classes=("cat", "dog")), tmp_path / "folder", "--keep-classes")
     notes = json.loads((folder / "snowmelt.json").read_text())
-    notes["data"]["classes"] = ["cat"]
+    notes["data"] |= {"classes": ["cat"], "counts": [1]}
     (folder / "snowmelt.json").write_text(json.dumps(notes))
     assert imported(folder, tmp_path / "back").config.data.classes == ("0", "1")
 
@@ -436,6 +437,11 @@ def in_index(**values: object) -> Callable[[Path], None]:
     return lambda folder: change(folder / "model_index.json", **values)
 
 
+def with_notes(**data: object) -> Callable[[Path], None]:
+    notes = {"format": 1, "data": {"size": 8, "channels": 3} | data, "diffusion": {"predicts": "noise"}}
+    return lambda folder: (folder / "snowmelt.json").write_text(json.dumps(notes))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled": (pickled, "safe_serialization=True"),
     "no weights": (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "is missing"),
@@ -471,12 +477,32 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another table": (in_scheduler(beta_schedule="laplace"), "beta_schedule"),
     "no betas": (in_scheduler(beta_start="a lot"), "a lot"),
     "betas too large": (in_scheduler(beta_end=2.0), "give numbers between 0 and 1"),
+    "a list of predictions": (in_scheduler(prediction_type=["epsilon"]), "prediction_type = ['epsilon']"),
+    "a list of tables": (in_scheduler(beta_schedule=["linear"]), "beta_schedule = ['linear']"),
+    "a beta below 0": (in_scheduler(beta_schedule="scaled_linear", beta_start=-0.1), "betas from -0.1 to 0.02"),
+    "a beta of 400 digits": (in_scheduler(beta_start=10**400), "give numbers between 0 and 1"),
+    "given betas of 400 digits": (
+        in_scheduler(trained_betas=[0.1, 10**400], num_train_timesteps=2),
+        "trained_betas that are not 2 numbers between 0 and 1",
+    ),
+    "too many steps": (in_scheduler(num_train_timesteps=10**13), "give a whole number from 2 to 100,000"),
     "too few betas": (in_scheduler(trained_betas=[0.1, 0.2]), "trained_betas"),
     "noise of nothing": (in_scheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    "all dropped": (in_unet(dropout=2.0), "network.dropout is 2.0"),
+    "no shift": (in_unet(freq_shift=math.nan), "network.frequency_shift is nan"),
+    "a shift of 400 digits": (in_unet(freq_shift=10**400), "too large"),
+    "too wide": (in_unet(block_out_channels=[2**40, 2**41]), "2199023255552 channels is too large"),
+    "too deep": (in_unet(layers_per_block=10**9), "1000000000 blocks at each size is too large"),
+    "too many labels": (in_unet(num_class_embeds=2**62), "None or 2 to 65,536"),
+    "too large": (in_unet(sample_size=2**40), "up to 65,536 for both sides"),
+    "channels that are no whole number": (in_unet(in_channels=3.0), "in_channels = 3.0"),
+    "nested JSON": (lambda f: (f / "unet" / "config.json").write_text("[" * 200_000), "not readable as JSON"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json is missing"),
     "no JSON": (lambda f: (f / "unet" / "config.json").write_text("{"), "not readable as JSON"),
     "no object": (lambda f: (f / "unet" / "config.json").write_text("[]"), "not a JSON object"),
     "later notes": (lambda f: (f / "snowmelt.json").write_text('{"format": 99}'), "later Snowmelt"),
+    "notes of nothing": (with_notes(std=0.0), "data.std is 0.0"),
+    "notes of other counts": (with_notes(counts=[1]), "data.counts"),
     "empty": (lambda f: (shutil.rmtree(f), f.mkdir()), "no folder of diffusers"),
     "nothing there": (lambda f: shutil.rmtree(f), "There is no folder"),
 }
@@ -547,6 +573,7 @@ def test_an_existing_folder_is_not_touched(sound, tmp_path, capsys):
     ("made", "words", "said"),
     [
         ({"predicts": "edm"}, [], "train with --predicts v"),
+        ({"predicts": "edm", "classes": ("cat", "dog")}, [], "train with --predicts v"),
         ({"predicts": "velocity"}, [], "train with --predicts v"),
         ({"network": dataclasses.replace(TINY, patch=2)}, [], "squares of 2 x 2 pixels"),
         (

@@ -235,7 +235,7 @@ def test_the_path_of_diffusers(sampler, steps, predicts):
     rng, x = torch.Generator(), draws(2, 1, 3, 3)
     theirs = followed(reference, x, generator=rng.manual_seed(7))
     rng.manual_seed(7)
-    ours = walked(sampler, predicts, x, steps, lambda _: torch.randn(x.shape, generator=rng).double())
+    ours = walked(sampler, predicts, x, steps, lambda _: torch.randn(x.shape, generator=rng, dtype=x.dtype))
     assert len(ours) == len(theirs) == steps + 1
     # Up to 1000 steps in float64; sigma / alpha up to 158 magnifies what the first of them round off.
     for mine, reference_image in zip(ours, theirs, strict=True):

@@ -14,15 +14,15 @@ FORMAT = 1
 """Of run directories; a run with a higher one was written by a later version."""
 
 
-LARGEST_NETWORK = {"sizes": 16, "channels": 8192, "blocks": 64, "patch": 64}
-"""More than any network has that fits a computer; what is beyond is a mistake, and tensors of it cannot even be named."""
+MOST_SIZES, MOST_CHANNELS, MOST_BLOCKS, MOST_PATCH = 16, 8192, 64, 64
+"""More than any network has that fits into a computer."""
 
 
 def _require(section: str, values: object, names: tuple[str, ...], *, above: int) -> None:
     """Refuse numbers that are not finite or not above a bound; None is not checked."""
     for name in names:
         value = getattr(values, name)
-        if value is not None and not (math.isfinite(value) and value > above):
+        if value is not None and not above < value < math.inf:
             raise UserError(f"{section}.{name} is {value}; give a number above {above}.")
 
 
@@ -91,15 +91,14 @@ class UNetConfig:
             )
         if not self.channels or min(self.blocks, self.patch, self.groups, self.head_channels, *self.channels) < 1:
             raise UserError("network.channels, blocks, patch, groups and head_channels must all be at least 1.")
-        sizes = {
-            "sizes": len(self.channels),
-            "channels": max(self.channels),
-            "blocks": self.blocks,
-            "patch": self.patch,
-        }
-        if any(sizes[name] > most for name, most in LARGEST_NETWORK.items()):
-            most = ", ".join(f"{most:,} {name}" for name, most in LARGEST_NETWORK.items())
-            raise UserError(f"The network is too large to be built; network may have up to {most}.")
+        for value, most, what in (
+            (len(self.channels), MOST_SIZES, "sizes"),
+            (max(self.channels), MOST_CHANNELS, "channels"),
+            (self.blocks, MOST_BLOCKS, "blocks at each size"),
+            (self.patch, MOST_PATCH, "pixels to the side of a patch"),
+        ):
+            if value > most:
+                raise UserError(f"A network with {value} {what} is too large to be built; give at most {most:,}.")
         if any(width % self.groups for width in self.channels):
             raise UserError(f"network.channels {self.channels} must all be multiples of network.groups {self.groups}.")
         if any(width >= self.head_channels and width % self.head_channels for width in self.attended):

@@ -91,8 +91,6 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
         UserError: for every mistake in the options, before anything is computed; nothing is half-written.
     """
     # Late, so that the command line stays instant.
-    import torch
-
     from snowmelt.device import make_precision, pick_device
     from snowmelt.diffusion.variance import VARIANCES
     from snowmelt.evaluation.drawing import make_ready

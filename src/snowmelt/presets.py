@@ -48,8 +48,8 @@ def check_length(steps: int | None, duration: str | None) -> None:
 
 
 def network_for(data: DataConfig) -> UNetConfig:
-    """The network for pictures of this size."""
-    return next(network for size, network in WIDTHS if data.size <= size)
+    """The network for pictures of this size; `prepare` makes none that are larger than the last of `WIDTHS`."""
+    return next((network for size, network in WIDTHS if data.size <= size), WIDTHS[-1][1])
 
 
 def training_for(data: DataConfig) -> TrainingConfig:

@@ -118,12 +118,13 @@ def restart(
 
 
 def predictor_corrector(
-    denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource, *, snr: float = 0.16
+    denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource, *, snr: float = 0.08
 ) -> Iterator[Step]:
     """A step of DDPM, then one of Langevin at the new level (Song et al. 2020, arXiv:2011.13456, algorithm 3).
 
     Args:
-        snr: their r: Langevin's step is 2 (r sigma)^2, so that a share 4 r^2 of the noise is new.
+        snr: their r: Langevin's step is 2 (r sigma)^2, so that a share 4 r^2 of the noise is new. Such a step leaves a
+            variance that is too small by up to r^2 where the picture is clean: 0.6 % here, 2.6 % at their 0.16.
     """
     predict = _posterior_step(posterior)
 

@@ -150,6 +150,11 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
+SAMPLED_ON: dict[str, str] = {"laplace": "cosine"}
+"""Schedules that only say what to practise: their ends are so steep that the first of 50 even steps would cover a third
+of all levels. Sampling takes its levels from the one named here, as their authors do."""
+
+
 def shifted(schedule: Schedule, factor: float) -> Schedule:
     """The schedule with sigma / alpha `factor` times as large: more noise for larger pictures.
 

@@ -6,7 +6,6 @@ either.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,13 +195,13 @@ def _pictures(given: Mapping[str, Any], network: UNetConfig, where: Path) -> Pic
     if size is None:
         raise UserError(f"{where} does not say how large the pictures are; write their size there as sample_size.")
     height, *widths = cast(list[Any], size) if isinstance(size, list) and size else [size]
-    if not _whole(height, MOST) or height % network.divisor or widths not in ([], [height]):
+    if not _whole(height) or height > MOST or height % network.divisor or widths not in ([], [height]):
         raise _refused(where, "sample_size", size, f"one multiple of {network.divisor} up to {MOST:,} for both sides")
     if not _whole(channels) or channels not in (1, 3):
         raise _refused(where, "in_channels", channels, "1 (grey) or 3 (colour)")
     if out not in (channels, 2 * channels):
         raise _refused(where, "out_channels", out, f"{channels}, or {2 * channels} with a learned variance")
-    if labels is not None and (not _whole(labels, MOST) or labels < 2):
+    if labels is not None and (not _whole(labels) or not 2 <= labels <= MOST):
         raise _refused(where, "num_class_embeds", labels, f"None or 2 to {MOST:,}")
     return Pictures(height, channels, labels, learns_variance=out != channels)
 
@@ -226,8 +225,8 @@ def _check_numbers(given: Mapping[str, Any], where: Path) -> list[int]:
     return channels
 
 
-def _whole(value: Any, most: float = math.inf) -> TypeGuard[int]:
-    return type(value) is int and 0 < value <= most
+def _whole(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value > 0
 
 
 def _refused(where: Path, name: str, value: Any, possible: str) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +21,17 @@ from snowmelt.diffusion.loss import WEIGHTS, denoising_losses
 from snowmelt.diffusion.noise import add_noise, alpha_sigma
 from snowmelt.diffusion.process import gaussian_kl
 from snowmelt.diffusion.samplers import SAMPLERS, ancestral
-from snowmelt.diffusion.schedules import SCHEDULES, Schedule, ddpm_betas, ddpm_time, linear, shifted, table, table_time
+from snowmelt.diffusion.schedules import (
+    SAMPLED_ON,
+    SCHEDULES,
+    Schedule,
+    ddpm_betas,
+    ddpm_time,
+    linear,
+    shifted,
+    table,
+    table_time,
+)
 from snowmelt.diffusion.variance import VARIANCES, Variance, fresh_share, interpolated, posterior
 from snowmelt.diffusion.walk import NoiseSource, Sampler, Step
 from snowmelt.errors import UserError, choose
@@ -101,6 +112,9 @@ class DiffusionModel(Model):
         self.config, self.precision = config, precision
         data, diffusion = config.data, config.diffusion
         self.schedule = schedule_of(diffusion)
+        sampled_on = SAMPLED_ON.get(diffusion.schedule, diffusion.schedule)
+        self.sampled_on = schedule_of(dataclasses.replace(diffusion, schedule=sampled_on))
+        """The schedule that sampling takes its levels from, when no other is asked for."""
         out = data.channels * (2 if diffusion.variance == "learned" else 1)
         backbone = UNet(config.network, channels=data.channels, classes=len(data.classes), out=out)
         betas = diffusion.betas or ddpm_betas()
@@ -140,7 +154,7 @@ class DiffusionModel(Model):
         """
         if drawing.levels:
             return given_grid(drawing.levels)
-        schedule = choose(SCHEDULES, drawing.schedule, "schedule") if drawing.schedule else self.schedule
+        schedule = choose(SCHEDULES, drawing.schedule, "schedule") if drawing.schedule else self.sampled_on
         spacing = drawing.spacing or choose(SAMPLERS, drawing.sampler, "sampler").grid
         return check_grid(choose(GRIDS, spacing, "grid")(schedule, drawing.steps))
 
