@@ -96,7 +96,7 @@ def test_a_learner_teaches_the_losses_as_they_are():
     loss = learner.update(Batch(images, None), generator(0, "t", 1), 1e-9).losses["loss"]
     drawn, losses = told[0]
     assert drawn.correction.max() / drawn.correction.min() > 5
-    # A fresh network says nothing, so with v the loss of black pictures at a level is known: SNR c_out^2 |alpha noise|^2.
+    # A fresh network says 0, so with v the loss of grey pictures is known: SNR c_out^2 |alpha noise|^2.
     torch.testing.assert_close(torch.tensor(loss), (drawn.correction * losses).mean(), rtol=1e-5, atol=0)
     expected = drawn.log_snr.exp() * torch.sigmoid(-drawn.log_snr) * torch.sigmoid(drawn.log_snr)
     # |noise|^2 over 64 pixels: 1 within four of its standard deviations, sqrt(2 / 64).

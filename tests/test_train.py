@@ -1,5 +1,6 @@
 """A run trains, its files tell its story, faults are survived, and time is kept."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -12,9 +13,11 @@ from PIL import Image
 
 from snowmelt import checkpoint
 from snowmelt.cli import run as cli
+from snowmelt.data.prepared import open_prepared
 from snowmelt.errors import UserError
 from snowmelt.models.base import Drawing
 from snowmelt.models.diffusion import DiffusionLearner
+from snowmelt.presets import facts_of
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, train
 from snowmelt.training import watch
@@ -202,6 +205,31 @@ def test_a_torn_line_of_metrics_and_a_strange_status_do_no_harm(pictures, small,
         file.write('{"step": 3, "lo{"step": 4}\n[]\n{"loss": 1}\n')
     (out / "status.json").write_text("[1]")
     assert run.metrics() == whole and run.status() == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "said"),
+    [
+        ("", ["--size", "5000"], "Pictures of 5000 pixels are too large; use --size 1024 or less"),
+        ("", ["--size", "-8"], "data.size is -8"),
+        ("network.dropout = 2.0", [], "network.dropout is 2.0"),
+        ("network.blocks = 1000000000", [], "too large to be built"),
+        ("a = 1" + "0" * 5000, [], "not readable as TOML"),
+        ("a = " + "[" * 100_000, [], "not readable as TOML"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence_and_writes_nothing(pictures, tmp_path, capsys, settings, words, said):
+    (tmp_path / "settings.toml").write_text(settings)
+    out = tmp_path / "run"
+    assert cli(["train", str(pictures), "--out", str(out), "--config", str(tmp_path / "settings.toml"), *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not out.exists()
+
+
+def test_pictures_of_one_colour_have_a_deviation_that_can_be_divided_by(pictures, tmp_path):
+    assert cli(["prepare", str(pictures), "--out", str(tmp_path / "data")]) == 0
+    flat = dataclasses.replace(open_prepared(tmp_path / "data"), std=0.0)
+    assert facts_of(flat).std == 1e-6
 
 
 @pytest.mark.parametrize("where", ["metrics.jsonl", "previews"])

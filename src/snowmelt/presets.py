@@ -48,8 +48,11 @@ def check_length(steps: int | None, duration: str | None) -> None:
 
 
 def network_for(data: DataConfig) -> UNetConfig:
-    """The network for pictures of this size; `prepare` makes none that are larger than the last of `WIDTHS`."""
-    return next((network for size, network in WIDTHS if data.size <= size), WIDTHS[-1][1])
+    """The network for pictures of this size."""
+    largest, _ = WIDTHS[-1]
+    if data.size > largest:
+        raise UserError(f"Pictures of {data.size} pixels are too large; use --size {largest} or less.")
+    return next(network for size, network in WIDTHS if data.size <= size)
 
 
 def training_for(data: DataConfig) -> TrainingConfig:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ import tyro
 
 from snowmelt import __version__
 from snowmelt.errors import UserError, choose
-from snowmelt.files import write_atomic
+from snowmelt.files import make_folder, write_atomic
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
@@ -123,19 +121,18 @@ def sample(options: SampleOptions) -> list[Path]:
     model, checkpoint = run.load_model(precision)
     make_ready(run, model, drawing)
     facts = _facts(run, checkpoint, options, drawing)
-    out = Path(options.out or run.path / "samples")
-    _make(out)
     files: list[Path] = []
     sheets: list[list[Images]] = []
-    for group, moments in _drawn(run, model, wanted, drawing, options.batch, strip=options.strip):
-        files += _write(out, group, moments[-1], facts)
-        if options.grid or options.strip:
-            sheets.append(moments)
-    columns = [torch.cat(parts) for parts in zip(*sheets, strict=True)]
-    if options.grid:
-        files.append(save_png(out / "grid.png", sheet(columns[-1], _columns(wanted), smallest=64)))
-    if options.strip:
-        files.append(save_png(out / "strip.png", strip([column[:ROWS] for column in columns], smallest=64)))
+    with make_folder(Path(options.out or run.path / "samples")) as out:
+        for group, moments in _drawn(run, model, wanted, drawing, options.batch, strip=options.strip):
+            files += _write(out, group, moments[-1], facts)
+            if options.grid or options.strip:
+                sheets.append(moments)
+        columns = [torch.cat(parts) for parts in zip(*sheets, strict=True)]
+        if options.grid:
+            files.append(save_png(out / "grid.png", sheet(columns[-1], _columns(wanted), smallest=64)))
+        if options.strip:
+            files.append(save_png(out / "strip.png", strip([column[:ROWS] for column in columns], smallest=64)))
     console().print(f"Wrote {len(wanted)} pictures to {out}", markup=False)
     return files
 
@@ -184,15 +181,6 @@ def _by_chance(counts: tuple[int, ...]) -> Callable[[int, int], int | None]:
         return int(torch.multinomial(shares, 1, generator=generator(seed, "class", number)))
 
     return pick
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, "no permission")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
 
 
 def _drawn(

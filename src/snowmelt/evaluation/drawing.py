@@ -11,7 +11,6 @@ import torch
 
 from snowmelt import checkpoint
 from snowmelt.data.pixels import to_images
-from snowmelt.data.prepared import open_prepared
 from snowmelt.diffusion.grids import log_snr_grid
 from snowmelt.diffusion.variance import Variance, analytic, noise_power
 from snowmelt.errors import UserError
@@ -87,7 +86,7 @@ def _kept(path: Path, weights: str) -> tuple[list[float], list[float]] | None:
 
 
 def _powers(run: Run, model: DiffusionModel) -> list[float]:
-    data, device = open_prepared(run.data), model.precision.device
+    data, device = run.open_pictures(), model.precision.device
     chosen = np.sort(np.random.default_rng(0).permutation(data.train)[:MEASURED_PICTURES])
     images = to_images(torch.from_numpy(np.ascontiguousarray(data.images[chosen]))).to(device)
     labels = None if data.labels is None else torch.from_numpy(data.labels[chosen]).to(device)
