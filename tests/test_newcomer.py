@@ -1,6 +1,7 @@
 """A newcomer's path, typed as a newcomer would: a folder of holiday pictures, three commands, new pictures."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def snowmelt(*words: str, here: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "snowmelt", *words], cwd=here, capture_output=True, text=True, timeout=200
-    )
+    command = [sys.executable, "-m", "snowmelt", *words]
+    # One thread, since other tests run beside it and two threads would wait for one another.
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=here, env=quiet, capture_output=True, text=True, timeout=200)
 
 
 def test_three_commands(tmp_path):

@@ -281,3 +281,14 @@ def test_settings_win_over_what_is_chosen(pictures, tmp_path):
     assert config.network.channels == (16,) and config.training.precision == "fp32"
     settings.unlink()
     assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--config", str(settings)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "size", "threads"), [("1", 32, 1), ("", 32, 4), ("64", 32, 4), ("4", 8, 1), ("no", 32, 4)]
+)
+def test_threads_are_no_more_than_were_asked_for(monkeypatch, asked, size, threads):
+    from snowmelt.config import DataConfig
+    from snowmelt.presets import threads_for
+
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads_for(DataConfig(size, 1), 4) == threads

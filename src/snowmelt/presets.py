@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from snowmelt.config import DataConfig, TrainingConfig, UNetConfig
@@ -65,9 +66,11 @@ def threads_for(data: DataConfig, available: int) -> int:
     """CPU threads: one for tiny pictures, whose operations are too small to share.
 
     At 8 pixels two threads were no faster than one on a quiet machine, and seven times slower next to another
-    process, since each operation waits for the slower of the two.
+    process, since each operation waits for the slower of the two. OMP_NUM_THREADS, where it is set, is the most.
     """
-    return 1 if data.size <= 12 else available
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    most = min(available, int(asked)) if asked.isdecimal() and int(asked) else available
+    return 1 if data.size <= 12 else most
 
 
 def check_size(data: DataConfig, network: UNetConfig) -> None:
