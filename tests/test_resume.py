@@ -36,7 +36,9 @@ def train(out: Path, *more: str) -> int:
 # Fewer in bf16, which a processor without it has to imitate, many times slower.
 @pytest.mark.parametrize(("precision", "steps", "cut"), [("fp32", 30, 18), ("bf16", 8, 5)])
 def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, monkeypatch, precision, steps, cut):
-    more = ("--precision", precision, "--steps", str(steps), "--batch", "8" if precision == "bf16" else "64")
+    small = tmp_path / "small.toml"
+    small.write_text("[network]\nchannels = [8, 16]\nattention = [false, true]\nhead_channels = 8\n")
+    more = ("--precision", precision, "--steps", str(steps), "--batch", "16", "--config", str(small))
     train(tmp_path / "whole", *more)
     from snowmelt.training import loop
 
