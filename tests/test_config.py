@@ -160,3 +160,9 @@ def test_toml_beyond_the_reader_is_refused(tmp_path, text):
 def test_a_width_that_heads_do_not_divide_is_refused(width):
     with pytest.raises(UserError, match="head_channels"):
         UNetConfig(channels=(width,), attention=(True,))
+
+
+def test_a_class_name_is_text():
+    with pytest.raises(UserError, match="half a character"):
+        DataConfig(8, 1, ("a", "b\ud800"))
+    assert DataConfig(8, 1, ("größe", "☀", "𝄞")).classes[2] == "𝄞"

@@ -49,6 +49,8 @@ class DataConfig:
             raise UserError(f"data.channels is {self.channels}; give 1 (grey) or 3 (colour).")
         if self.counts and (len(self.counts) != len(self.classes) or min(self.counts) < 0 or not any(self.counts)):
             raise UserError("data.counts must have a number for each of data.classes, none below 0 and one above.")
+        if any("\ud800" <= letter <= "\udfff" for name in self.classes for letter in name):
+            raise UserError("A name in data.classes holds half a character; give names that are text.")
 
 
 @dataclasses.dataclass(frozen=True)
