@@ -43,8 +43,8 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"{step:09d}"
 
 
-def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `step`; older ones beyond `KEEP` are removed once it is safe.
+def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any], *, keep: int = KEEP) -> Path:
+    """Write the checkpoint of `step`; older ones beyond `keep` are removed once it is safe.
 
     Args:
         groups: tensors by name, by file (`weights`, `average`, ...).
@@ -67,7 +67,7 @@ def save(folder: Path, step: int, groups: Groups, state: Mapping[str, Any]) -> P
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(folder)
-    for old in steps_saved(folder)[:-KEEP]:
+    for old in steps_saved(folder)[:-keep]:
         # Under another name first, so that a kill half-way leaves no half checkpoint.
         going = folder / f".writing-old-{old}"
         path_of(folder, old).rename(going)

@@ -167,6 +167,44 @@ class DiffusionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The shape of a variational autoencoder and what it learns."""
+
+    channels: tuple[int, ...] = (32, 64, 64)
+    """Width at each size, from the full size down; every further entry halves the size."""
+    latents: int = 64
+    """Values that describe a picture (of a vector), or each place of the smallest map (of a map)."""
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.latents, *self.channels) < 1:
+            raise UserError("vae.channels and latents must all be at least 1.")
+
+    @property
+    def divisor(self) -> int:
+        """The picture size must be a multiple of this."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GANConfig:
+    """The shape of the two networks of a GAN, and how they compete."""
+
+    channels: tuple[int, ...] = (32, 64, 64)
+    """Width at each size, from the full size down; every further entry halves the size."""
+    latents: int = 64
+    """Random values that a picture is made from."""
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.latents, *self.channels) < 1:
+            raise UserError("gan.channels and latents must all be at least 1.")
+
+    @property
+    def divisor(self) -> int:
+        """The picture size must be a multiple of this."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """How it is learnt."""
 
@@ -202,14 +240,23 @@ class TrainingConfig:
             raise UserError(f"training.average is {self.average}; give a share between 0 and 0.28, such as 0.1.")
 
 
+FAMILIES: dict[str, tuple[str, ...]] = {"diffusion": ("network", "diffusion"), "vae": ("vae",), "gan": ("gan",)}
+"""By family of models: the sections of a configuration that it reads, that of its network first."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run is made of; with the prepared dataset it determines every weight."""
+    """Everything a run is made of; with the prepared dataset it determines every weight.
+
+    The sections of other families than `model` hold what nobody reads, and are not written.
+    """
 
     data: DataConfig
     model: str = "diffusion"
     network: UNetConfig = dataclasses.field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    vae: VAEConfig = dataclasses.field(default_factory=VAEConfig)
+    gan: GANConfig = dataclasses.field(default_factory=GANConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     request: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """The options the run was asked for with; the same ones again continue it."""
@@ -217,18 +264,33 @@ class Config:
     version: str = ""
     """Of the Snowmelt that wrote the run."""
 
+    def __post_init__(self) -> None:
+        choose(FAMILIES, self.model, "model")
+
+    @property
+    def architecture(self) -> UNetConfig | VAEConfig | GANConfig:
+        """The shape of the family's network."""
+        return getattr(self, FAMILIES[self.model][0])
+
 
 Value = TypeVar("Value")
 
 
 def to_tables(value: Any) -> Any:
-    """A dataclass as TOML-ready tables; None, which TOML lacks, is left out."""
+    """A dataclass as TOML-ready tables; None, which TOML lacks, is left out, and so are sections that are not read."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        unread = _unread(value) if isinstance(value, Config) else set[str]()
+        names = [field.name for field in dataclasses.fields(value) if field.name not in unread]
+        pairs = ((name, getattr(value, name)) for name in names)
         return {name: to_tables(item) for name, item in pairs if item is not None}
     if isinstance(value, dict):
         return {name: to_tables(item) for name, item in value.items() if item is not None}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _unread(config: Config) -> set[str]:
+    """The sections of the other families."""
+    return {section for sections in FAMILIES.values() for section in sections} - set(FAMILIES[config.model])
 
 
 def to_toml(value: Any) -> str:

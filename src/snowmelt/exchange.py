@@ -19,7 +19,7 @@ from snowmelt.config import Config, DataConfig, TrainingConfig
 from snowmelt.data.publish import publish
 from snowmelt.errors import UserError, choose
 from snowmelt.files import write_synced
-from snowmelt.presets import DEFAULT_SECONDS, check_length, facts_of, threads_for, training_for
+from snowmelt.presets import DEFAULT_SECONDS, check_length, facts_of, preset, threads_for
 from snowmelt.terminal import Log, console, seconds_of
 
 if TYPE_CHECKING:
@@ -177,13 +177,13 @@ def _config(foreign: Foreign, data: DataConfig, training: TrainingConfig) -> Con
     from snowmelt.data.workers import cores
 
     training = dataclasses.replace(
-        training_for(data),
+        preset(data, "diffusion").training,
         steps=training.steps,
         seconds=training.seconds,
         learning_rate=GENTLE,
         threads=threads_for(data, cores()),
     )
-    return Config(data, "diffusion", foreign.network, foreign.diffusion, training, version=__version__)
+    return Config(data, "diffusion", foreign.network, foreign.diffusion, training=training, version=__version__)
 
 
 def _weights(foreign: Foreign, config: Config) -> dict[str, Tensor]:

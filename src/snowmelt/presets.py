@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from snowmelt.config import DataConfig, TrainingConfig, UNetConfig
-from snowmelt.errors import UserError
+from snowmelt.config import Config, DataConfig, GANConfig, TrainingConfig, UNetConfig, VAEConfig
+from snowmelt.errors import UserError, choose
 from snowmelt.terminal import seconds_of
 
 if TYPE_CHECKING:
@@ -56,10 +57,46 @@ def network_for(data: DataConfig) -> UNetConfig:
     return next(network for size, network in WIDTHS if data.size <= size)
 
 
-def training_for(data: DataConfig) -> TrainingConfig:
-    """How to train on pictures of this size."""
+def vae_for(data: DataConfig) -> VAEConfig:
+    """The variational autoencoder for pictures of this size; about as many parameters as `network_for`."""
+    del data
+    return VAEConfig()
+
+
+def gan_for(data: DataConfig) -> GANConfig:
+    """The two networks of a GAN for pictures of this size; about as many parameters as `network_for`."""
+    del data
+    return GANConfig()
+
+
+def _diffusion_training(data: DataConfig) -> TrainingConfig:
     small = data.size <= 40
     return TrainingConfig(batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3)
+
+
+def _vae_training(data: DataConfig) -> TrainingConfig:
+    return TrainingConfig(batch=64 if data.size <= 40 else 32)
+
+
+def _gan_training(data: DataConfig) -> TrainingConfig:
+    return TrainingConfig(batch=64 if data.size <= 40 else 32, optimizer="adamw")
+
+
+_TRAINING: dict[str, Callable[[DataConfig], TrainingConfig]] = {
+    "diffusion": _diffusion_training,
+    "vae": _vae_training,
+    "gan": _gan_training,
+}
+
+
+def preset(data: DataConfig, model: str) -> Config:
+    """The whole configuration of a family of models for these pictures.
+
+    Raises:
+        UserError: there is no such family.
+    """
+    training = choose(_TRAINING, model, "model")(data)
+    return Config(data, model, network_for(data), vae=vae_for(data), gan=gan_for(data), training=training)
 
 
 def threads_for(data: DataConfig, available: int) -> int:
@@ -73,11 +110,12 @@ def threads_for(data: DataConfig, available: int) -> int:
     return 1 if data.size <= 12 else most
 
 
-def check_size(data: DataConfig, network: UNetConfig) -> None:
+def check_size(config: Config) -> None:
     """Refuse pictures that the network cannot halve as often as it must."""
-    if data.size % network.divisor:
-        below = data.size // network.divisor * network.divisor
+    size, divisor = config.data.size, config.architecture.divisor
+    if size % divisor:
+        below = size // divisor * divisor
         raise UserError(
-            f"Pictures of {data.size} pixels do not divide by {network.divisor}, as this network needs; "
-            f"use --size {below or network.divisor} or --size {below + network.divisor}."
+            f"Pictures of {size} pixels do not divide by {divisor}, as this network needs; "
+            f"use --size {below or divisor} or --size {below + divisor}."
         )

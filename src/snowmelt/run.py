@@ -1,7 +1,7 @@
 """The run directory: the only channel between training, the command line and everything that looks on.
 
     config.toml   data/   status.json   plan.json   metrics.jsonl   checkpoints/   previews/   samples/   log.txt
-    early/   evaluations/   curves.png   report.md
+    snapshots/   evaluations/   curves.png   report.md
 
 Any reader may come, go or crash at any time: every file is replaced whole, and lines are appended whole.
 """
@@ -63,9 +63,9 @@ class Run:
         return self.path / "checkpoints"
 
     @property
-    def early(self) -> Path:
-        """The folder of the one state that is kept from early in the training, to guide away from."""
-        return self.path / "early"
+    def snapshots(self) -> Path:
+        """The folder of average weights that are kept for good; the first is from early in the training."""
+        return self.path / "snapshots"
 
     @property
     def data(self) -> Path:

@@ -21,5 +21,7 @@ Path: TypeAlias = Float[Tensor, " visits"]
 """A grid, or one that goes back: where it falls, noise is added."""
 Labels: TypeAlias = Int[Tensor, " batch"]
 """Class numbers; the number of classes itself stands for "no class"."""
+Features: TypeAlias = Float[Tensor, "batch values"]
+"""One vector for each picture: what an encoder sees in it, or what a generator makes it from."""
 Pixels: TypeAlias = UInt8[Tensor, "batch height width channels"]
 """Stored pictures, 0..255, channels last as in every image file."""

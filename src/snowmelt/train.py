@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from snowmelt import __version__
-from snowmelt.config import Config, DataConfig, from_table, to_tables
-from snowmelt.errors import UserError, nearest
-from snowmelt.presets import DEFAULT_SECONDS, check_length, check_size, facts_of, network_for, training_for
+from snowmelt.config import FAMILIES, Config, DataConfig, from_table, to_tables
+from snowmelt.errors import UserError, choose, nearest
+from snowmelt.presets import DEFAULT_SECONDS, check_length, check_size, facts_of, preset
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class TrainOptions:
     """How long the whole run may take, final pictures and report included: 90s, 20m, 1h30m, 8h. 10m when neither
     this nor --steps is given."""
     model: str = "diffusion"
-    """The family of models."""
+    """diffusion, vae or gan: the family of models."""
     size: int | None = None
     """Height and width of the pictures; chosen from the images when not given."""
     color: Literal["auto", "rgb", "grey"] = "auto"
@@ -87,8 +87,6 @@ PROCESS_OPTIONS = ("out", "resume", "device", "workers", "save_every")
 """What may differ when a command continues a run."""
 DATA_OPTIONS = ("size", "color", "background", "fit", "classes")
 """What only matters while pictures are prepared."""
-SECTIONS = ("network", "diffusion", "training")
-"""What --config may hold."""
 
 
 def train(options: TrainOptions) -> Run:
@@ -209,7 +207,7 @@ def _refuse_early(options: TrainOptions) -> dict[str, dict[str, Any]]:
     overrides = _overrides(options)
     trial = resolve(DataConfig(options.size or 32, 3), options, overrides)
     if options.size is not None:
-        check_size(trial.data, trial.network)
+        check_size(trial)
     if is_prepared(Path(str(options.source))):
         fields = [field for field in dataclasses.fields(options) if field.name in DATA_OPTIONS]
         given = [_option(field.name) for field in fields if getattr(options, field.name) != field.default]
@@ -235,7 +233,7 @@ def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]]
     source = Path(str(options.source))
     data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options)
     config = resolve(facts_of(data), options, overrides)
-    check_size(config.data, config.network)
+    check_size(config)
     given = overrides["training"]
     asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
     device = pick_device(options.device)
@@ -251,13 +249,13 @@ def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
             tables = tomllib.loads(_settings_text(options.config))
         except (ValueError, RecursionError) as error:
             raise UserError(f"--config {options.config} is not readable as TOML ({error}).") from error
+    sections = (*choose(FAMILIES, options.model, "model"), "training")
     for name, table in tables.items():
-        if name not in SECTIONS:
-            raise UserError(f"--config {options.config} has an unknown section {name!r}; {nearest(name, SECTIONS)}.")
+        if name not in sections:
+            raise UserError(f"--config {options.config} has an unknown section {name!r}; {nearest(name, sections)}.")
         if not isinstance(table, dict):
             raise UserError(f"--config {options.config}: {name!r} must be a section, [{name}].")
     given = {
-        "network": {},
         "diffusion": {
             name: getattr(options, name) for name in ("schedule", "predicts", "levels", "weight", "variance")
         },
@@ -275,7 +273,11 @@ def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
         section: {name: value for name, value in values.items() if value is not None}
         for section, values in given.items()
     }
-    return {section: {**tables.get(section, {}), **known[section]} for section in SECTIONS}
+    for section in known.keys() - set(sections):
+        if known[section]:
+            option = _option(next(iter(known[section])))
+            raise UserError(f"{option} says how a diffusion model learns; leave it away, or leave --model away.")
+    return {section: {**tables.get(section, {}), **known.get(section, {})} for section in sections}
 
 
 def resolve(data: DataConfig, options: TrainOptions, overrides: dict[str, dict[str, Any]]) -> Config:
@@ -284,7 +286,7 @@ def resolve(data: DataConfig, options: TrainOptions, overrides: dict[str, dict[s
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
-    tables = to_tables(Config(data, options.model, network_for(data), training=training_for(data), version=__version__))
+    tables = to_tables(dataclasses.replace(preset(data, options.model), version=__version__))
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]

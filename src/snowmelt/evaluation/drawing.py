@@ -47,11 +47,11 @@ def early_model(run: Run, model: DiffusionModel) -> DiffusionModel:
     Raises:
         UserError: the run kept no early state.
     """
-    saved = checkpoint.steps_saved(run.early)
+    saved = checkpoint.steps_saved(run.snapshots)
     if not saved:
         raise UserError(f"{run.path} has kept no early state to go away from; leave --away-from away.")
     early = build_model(run.config, model.precision)
-    path = checkpoint.path_of(run.early, saved[0])
+    path = checkpoint.path_of(run.snapshots, saved[0])
     checkpoint.load_into(early, checkpoint.load(path, "average"), path)
     assert isinstance(early, DiffusionModel)
     return early

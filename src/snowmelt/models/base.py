@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.diffusion.walk import NoiseSource, Step
-from snowmelt.shapes import Labels
+from snowmelt.shapes import Features, Images, Labels
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ class Model(nn.Module, abc.ABC):
 
     Attributes:
         precision: where and in which number format it computes.
+        at_once: whether pictures are made in a single step, so that no setting of a `Drawing` applies.
     """
 
     precision: Precision
+    at_once: ClassVar[bool] = False
 
     @abc.abstractmethod
     def sample(self, noise: NoiseSource, labels: Labels | None, drawing: Drawing) -> Iterator[Step]:
@@ -86,6 +88,24 @@ class Model(nn.Module, abc.ABC):
             noise: by step; its step 0 is where the pictures start.
             labels: a class for each picture, or None to draw without classes.
         """
+
+    def shows(self, noise: NoiseSource, held_out: Batch) -> dict[str, list[Images]]:
+        """What only this family can show, such as reconstructions, by name: the columns of a strip, row by row.
+
+        Args:
+            noise: for as many pictures as there are in `held_out`.
+        """
+        del noise, held_out
+        return {}
+
+
+def latents_of(noise: NoiseSource, count: int) -> Features:
+    """(batch, count) standard normal values, from as much of the pictures' own noise as that takes."""
+    parts, have = list[Tensor](), 0
+    while have < count:
+        parts.append(noise(len(parts)).flatten(1))
+        have += parts[-1].shape[1]
+    return torch.cat(parts, dim=1)[:, :count]
 
 
 class Update(NamedTuple):
@@ -116,11 +136,14 @@ class Learner(Protocol):
         ...
 
     def held_out(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        """Errors on pictures never trained on, each a tensor of (batch,) values, by name."""
+        """Errors on pictures never trained on, each a tensor of (batch,) values, by name.
+
+        "held_out_loss" among them is what training makes smaller, and tells whether pictures are learned by heart.
+        """
         ...
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state, by names that contain the parameters' names."""
+        """All that resuming needs beside the model: the optimizer's state, and networks that only training uses."""
         ...
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:

@@ -27,8 +27,9 @@ from snowmelt.training.watch import Watch
 
 BAD_STEPS = 3
 """Updates in a row that may be skipped before the run goes back to its last good state."""
-EARLY = 0.1
-"""Share of the training after which one state is kept for good, to guide pictures away from (autoguidance)."""
+SNAPSHOTS = (0.1, 0.25, 0.5)
+"""Shares of the training after which the average weights are kept for good: to guide pictures away from (the first of
+them, by autoguidance), and to measure how the pictures become better."""
 ROLLBACKS = 5
 """After so many, the run ends: something other than the learning rate is wrong."""
 
@@ -88,7 +89,7 @@ def fit(session: Session, progress: Progress) -> Progress:
         if plan.decides_at(progress.step, trained):
             decide(session, progress, fmean(durations))
         watch.preview_if_due(progress)
-        keep_early(session, progress)
+        keep_snapshots(session, progress)
         if time.monotonic() - saved >= session.save_every and not progress.in_a_row:
             save(session, progress)
             saved = time.monotonic()
@@ -96,11 +97,14 @@ def fit(session: Session, progress: Progress) -> Progress:
     return progress
 
 
-def keep_early(session: Session, progress: Progress) -> None:
-    """Keep the average weights for good, once, after `EARLY` of the training."""
-    horizon = session.plan.horizon(progress.step)
-    if horizon is not None and progress.step >= EARLY * horizon and not checkpoint.steps_saved(session.run.early):
-        checkpoint.save(session.run.early, progress.step, {"average": session.average.state()}, progress.as_dict())
+def keep_snapshots(session: Session, progress: Progress) -> None:
+    """Keep the average weights for good at each of `SNAPSHOTS`."""
+    horizon, folder = session.plan.horizon(progress.step), session.run.snapshots
+    passed = 0 if horizon is None else sum(progress.step >= share * horizon for share in SNAPSHOTS)
+    if passed > len(checkpoint.steps_saved(folder)):
+        checkpoint.save(
+            folder, progress.step, {"average": session.average.state()}, progress.as_dict(), keep=len(SNAPSHOTS)
+        )
 
 
 def stopped(session: Session, progress: Progress) -> Stopped:
