@@ -27,7 +27,7 @@ from snowmelt.seeds import generator
 
 pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
 
-QUICK = ["--count", "12", "--terms", "20", "--ode-steps", "12", "--probes", "1"]
+QUICK = ["--pictures", "12", "--terms", "20", "--ode-steps", "12", "--probes", "1"]
 FEW = ["--terms", "5", "--ode-steps", "2"]
 
 
@@ -51,7 +51,7 @@ def report(run: Path) -> dict:
 
 
 def test_a_model_of_known_density_gets_its_known_bits(untrained, capsys):
-    assert cli(["evaluate", str(untrained), "--bits", *QUICK, "--bound-steps", "100000"]) == 0
+    assert cli(["evaluate", str(untrained), "--measure", "bits", *QUICK, "--bound-steps", "100000"]) == 0
     out, err = capsys.readouterr()
     assert "evaluations of the network for each: 21 for the bound, 49 for the ODE" in err
     assert all(word in out for word in ("prior", "steps", "data", "bound", "ODE", "bound - ODE"))
@@ -85,7 +85,7 @@ def test_a_model_of_known_density_gets_its_known_bits(untrained, capsys):
 def test_the_same_command_gives_the_same_figures_in_any_batch(untrained):
     once: list[dict] = []
     for batch in ("64", "5"):
-        assert cli(["evaluate", str(untrained), "--bits", *QUICK, *FEW, "--batch", batch]) == 0
+        assert cli(["evaluate", str(untrained), "--measure", "bits", *QUICK, *FEW, "--batch", batch]) == 0
         once.append(report(untrained))
     for name, values in once[0]["per_picture"].items():
         # Float32 kernels sum in another order for another size of batch.
@@ -93,27 +93,28 @@ def test_the_same_command_gives_the_same_figures_in_any_batch(untrained):
     assert {key: once[0][key] for key in ("rows", "options", "weights")} == {
         key: once[1][key] for key in ("rows", "options", "weights")
     }
-    assert cli(["evaluate", str(untrained), "--bits", *QUICK, *FEW, "--seed", "1"]) == 0
+    assert cli(["evaluate", str(untrained), "--measure", "bits", *QUICK, *FEW, "--seed", "1"]) == 0
     assert report(untrained)["per_picture"]["bound"] != once[0]["per_picture"]["bound"]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "choose a metric: --bits"),
-        (["--bits", "--count", "1"], "--count is 1; give at least 2"),
-        (["--bits", "--bound-steps", "1"], "--bound-steps is 1; give at least 2"),
-        (["--bits", "--ode-steps", "0"], "--ode-steps is 0; give at least 1"),
-        (["--bits", "--cleanest", "11"], "--cleanest is 11; give a log-SNR above -10 and up to 10"),
-        (["--bits", "--cleanest", "-10"], "--cleanest is -10"),
-        (["--bits", "--cleanest", "nan"], "--cleanest is nan"),
-        (["--bits", "--cleanest", "11", "--variance", "analytic"], "--cleanest is 11"),
-        (["--bits", "--bound-steps", "1000001"], "--bound-steps is 1000001; give at most 1,000,000"),
-        (["--bits", "--ode-steps", "10001"], "--ode-steps is 10001; give at most 10,000"),
-        (["--bits", "--variance", "forwards"], "did you mean 'forward'?"),
-        (["--bits", "--variance", "learned"], "was not taught a variance"),
-        (["--bits", "--device", "cuda:9"], "There is no device 'cuda:9'"),
-        (["--bit"], "did you mean '--bits'?"),
+        (["--measure", "bit"], "There is no measure 'bit'; did you mean 'bits'?"),
+        (["--measure"], "There is nothing to measure"),
+        (["--measure", "bits", "--pictures", "1"], "--pictures is 1; give at least 2"),
+        (["--measure", "bits", "--bound-steps", "1"], "--bound-steps is 1; give at least 2"),
+        (["--measure", "bits", "--ode-steps", "-1"], "--ode-steps is -1; give at least 0"),
+        (["--measure", "bits", "--cleanest", "11"], "--cleanest is 11; give a log-SNR above -10 and up to 10"),
+        (["--measure", "bits", "--cleanest", "-10"], "--cleanest is -10"),
+        (["--measure", "bits", "--cleanest", "nan"], "--cleanest is nan"),
+        (["--measure", "bits", "--cleanest", "11", "--variance", "analytic"], "--cleanest is 11"),
+        (["--measure", "bits", "--bound-steps", "1000001"], "--bound-steps is 1000001; give at most 1,000,000"),
+        (["--measure", "bits", "--ode-steps", "10001"], "--ode-steps is 10001; give at most 10,000"),
+        (["--measure", "bits", "--variance", "forwards"], "did you mean 'forward'?"),
+        (["--measure", "bits", "--variance", "learned"], "was not taught a variance"),
+        (["--measure", "bits", "--device", "cuda:9"], "There is no device 'cuda:9'"),
+        (["--measur"], "did you mean '--measure'?"),
     ],
 )
 def test_mistakes_are_one_sentence(untrained, capsys, words, said):
@@ -130,7 +131,7 @@ def test_a_run_of_another_family_is_refused(untrained, capsys, monkeypatch):
             raise NotImplementedError
 
     monkeypatch.setattr(Run, "load_model", lambda self, precision: (Other(), self.path))
-    assert cli(["evaluate", str(untrained), "--bits"]) == 2
+    assert cli(["evaluate", str(untrained), "--measure", "bits"]) == 2
     assert "measures diffusion models only" in capsys.readouterr().err
 
 
@@ -138,7 +139,7 @@ def test_a_run_without_its_pictures_says_so(untrained, tmp_path, capsys):
     Run.create(tmp_path / "run", Run.open(untrained).config)
     (tmp_path / "run" / "checkpoints").symlink_to(untrained / "checkpoints")
     (tmp_path / "run" / "data").mkdir()
-    assert cli(["evaluate", str(tmp_path / "run"), "--bits"]) == 2
+    assert cli(["evaluate", str(tmp_path / "run"), "--measure", "bits"]) == 2
     err = capsys.readouterr().err
     assert "are gone; put" in err and "snowmelt prepare" in err and err.count("\n") == 1
 
@@ -150,7 +151,7 @@ def test_other_pictures_than_those_of_the_training_are_refused(untrained, tmp_pa
         Run.create(run, dataclasses.replace(config, data=dataclasses.replace(config.data, fingerprint=fingerprint)))
         for part in ("checkpoints", "data"):
             (run / part).symlink_to(untrained / part)
-        assert cli(["evaluate", str(run), "--bits"]) == 2
+        assert cli(["evaluate", str(run), "--measure", "bits"]) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
         assert not (run / "evaluations").exists()

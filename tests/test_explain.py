@@ -24,10 +24,12 @@ from snowmelt.diffusion.process import alpha_bars, forward_jump, linear_betas, l
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.explain import ExplainOptions, explain
 from snowmelt.explaining import charts, parts
-from snowmelt.explaining.markup import fill, mathml, number
 from snowmelt.explaining.network import Network, compare, falling, total_bits
 from snowmelt.explaining.process import Process, betas_of, histogram, measured, walk_back, walked
 from snowmelt.models import build_model
+from snowmelt.pages.charts import LIGHT
+from snowmelt.pages.markup import fill, number
+from snowmelt.pages.mathml import mathml
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
 
@@ -127,7 +129,7 @@ def test_the_curves_are_the_process():
     drawn = charts.schedule_charts(process, "linear")
     for chart, values in zip(drawn, expected, strict=True):
         axes = Figure().subplots()
-        chart.draw(axes, charts.LIGHT.__getitem__)
+        chart.draw(axes, LIGHT.__getitem__)
         assert {line.get_label() for line in axes.lines} == set(SCHEDULES)
         line = next(line for line in axes.lines if line.get_label() == "linear")
         times = line.get_xdata().astype(int)

@@ -10,9 +10,9 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "snowmelt"
 LAYERS = (
     {"errors", "shapes", "seeds", "files", "terminal", "config", "networks", "diffusion", "data", "device"},
-    {"ema", "checkpoint", "models", "evaluation", "run", "pictures", "presets", "foreign"},
-    {"training", "explaining", "edits"},
-    {"prepare", "train", "sample", "edit", "evaluate", "explain", "exchange"},
+    {"ema", "checkpoint", "models", "evaluation", "run", "pictures", "presets", "foreign", "pages"},
+    {"training", "explaining", "edits", "reporting", "evaluating", "comparing"},
+    {"prepare", "train", "sample", "edit", "evaluate", "explain", "exchange", "report", "compare"},
     {"cli"},
     {"__main__"},
 )
@@ -83,10 +83,10 @@ def test_the_lowest_folders_know_little(folder):
 
 
 def test_verbs_do_not_import_each_other_but_to_prepare():
-    """Training and importing prepare where they must; apart from that each verb stands alone."""
+    """Training, importing and comparing prepare where they must; apart from that each verb stands alone."""
     for verb in LAYERS[3]:
         assert {name for name in GRAPH[verb] if name in LAYERS[3]} <= (
-            {"prepare"} if verb in ("train", "exchange") else set()
+            {"prepare"} if verb in ("train", "exchange", "compare") else set()
         )
 
 

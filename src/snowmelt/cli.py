@@ -18,6 +18,12 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "explain": ("snowmelt.explain", "ExplainOptions", "show a photo turn to noise and, with a run, back"),
     "edit": ("snowmelt.edit", "EDITS", "change a picture: fill in, vary, interpolate, invert, enlarge, restore"),
     "evaluate": ("snowmelt.evaluate", "EvaluateOptions", "measure a run on pictures held out of its training"),
+    "report": ("snowmelt.report", "ReportOptions", "show a run, at whatever stage, as one page that opens offline"),
+    "compare": (
+        "snowmelt.compare",
+        "CompareOptions",
+        "train VAE, GAN and diffusion for the same time, or compare finished runs",
+    ),
 }
 
 USAGE = """Snowmelt turns a folder of images into a generator.

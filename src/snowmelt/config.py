@@ -42,9 +42,12 @@ class DataConfig:
     """Standard deviation of the training pixels in [-1, 1] units."""
     fingerprint: str = ""
     """Of the prepared dataset."""
+    pictures: int = 0
+    """Training pictures; 0 where that is not known."""
 
     def __post_init__(self) -> None:
         _require("data", self, ("size", "std"), above=0)
+        _require("data", self, ("pictures",), above=-1)
         if self.channels not in (1, 3):
             raise UserError(f"data.channels is {self.channels}; give 1 (grey) or 3 (colour).")
         if self.counts and (len(self.counts) != len(self.classes) or min(self.counts) < 0 or not any(self.counts)):
@@ -172,36 +175,97 @@ class VAEConfig:
 
     channels: tuple[int, ...] = (32, 64, 64)
     """Width at each size, from the full size down; every further entry halves the size."""
+    blocks: int = 1
+    """Residual blocks at each size, on either side."""
+    patch: int = 1
+    """Squares of patch x patch pixels enter and leave as one place (1: pixels as they are)."""
+    groups: int = 8
+    """Groups of every group normalization; divides all channels."""
+    attention: bool = False
+    """Whether there is attention at the smallest size."""
+    bottleneck: str = "vector"
+    """What describes a picture: a vector, or a map with latents at each place of the smallest size (a codec)."""
     latents: int = 64
     """Values that describe a picture (of a vector), or each place of the smallest map (of a map)."""
+    narrow: int = 32
+    """Channels of the smallest map where it becomes a vector, or is made from one."""
+    most: int = 8
+    """Places a side of that map; a larger one is averaged."""
+    variance: str = "told"
+    """Of the decoder: optimal (one: the mean squared error), learned (one for each place) or told (by the decoder)."""
+    free_bits: float = 0.05
+    """Bits that each latent may hold at no cost, so that none is given up for good."""
+    adversarial: float = 0.0
+    """Weight of a critic of patches, which makes reconstructions sharper."""
+    patch_term: float = 0.0
+    """Weight of the distance between the patches of a picture and those of its reconstruction."""
 
     def __post_init__(self) -> None:
-        if not self.channels or min(self.latents, *self.channels) < 1:
-            raise UserError("vae.channels and latents must all be at least 1.")
+        counts = (self.blocks, self.patch, self.groups, self.latents, self.narrow, self.most, *self.channels)
+        if not self.channels or min(counts) < 1:
+            raise UserError("vae.channels, blocks, patch, groups, latents, narrow and most must all be at least 1.")
+        if len(self.channels) > MOST_SIZES or max(counts) > MOST_CHANNELS or self.blocks > MOST_BLOCKS:
+            raise UserError("The numbers of [vae] make a network that is too large to be built; give smaller ones.")
+        if any(width % self.groups for width in self.channels):
+            raise UserError(f"vae.channels {self.channels} must all be multiples of vae.groups {self.groups}.")
+        if self.attention and self.channels[-1] > 32 and self.channels[-1] % 32:
+            raise UserError(f"vae.channels {self.channels} must end with a multiple of 32 where there is attention.")
+        choose(dict.fromkeys(("vector", "map")), self.bottleneck, "vae.bottleneck")
+        choose(dict.fromkeys(("optimal", "learned", "told")), self.variance, "vae.variance")
+        _require("vae", self, ("free_bits", "adversarial", "patch_term"), above=-1)
+        if min(self.free_bits, self.adversarial, self.patch_term) < 0:
+            raise UserError("vae.free_bits, adversarial and patch_term must all be at least 0.")
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether one vector describes the picture."""
+        return self.bottleneck == "vector"
 
     @property
     def divisor(self) -> int:
         """The picture size must be a multiple of this."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch * 2 ** (len(self.channels) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class GANConfig:
     """The shape of the two networks of a GAN, and how they compete."""
 
-    channels: tuple[int, ...] = (32, 64, 64)
-    """Width at each size, from the full size down; every further entry halves the size."""
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    """Width at each size, from the full size down; every further entry halves the size, rounded up."""
+    blocks: int = 1
+    """Residual blocks at each size."""
+    patch: int = 1
+    """Squares of patch x patch pixels are one place of the largest map (1: pixels as they are)."""
     latents: int = 64
     """Random values that a picture is made from."""
+    gamma: float = 0.1
+    """Weight of the penalties on the critic's slope, at real and at generated pictures, over the distance from one
+    picture to another: with more the networks are calmer and the pictures more varied, and details come later."""
+    augment: float = 0.0
+    """Probability of each change made to all pictures that the critic sees, so that it cannot learn a few by heart."""
 
     def __post_init__(self) -> None:
-        if not self.channels or min(self.latents, *self.channels) < 1:
-            raise UserError("gan.channels and latents must all be at least 1.")
+        numbers = (self.blocks, self.patch, self.latents, *self.channels)
+        if not self.channels or min(numbers) < 1:
+            raise UserError("gan.channels, blocks, patch and latents must all be at least 1.")
+        for value, most, what in (
+            (len(self.channels), MOST_SIZES, "sizes"),
+            (max(self.latents, *self.channels), MOST_CHANNELS, "channels or latents"),
+            (self.blocks, MOST_BLOCKS, "blocks at each size"),
+            (self.patch, MOST_PATCH, "pixels to the side of a patch"),
+        ):
+            if value > most:
+                raise UserError(f"A GAN with {value} {what} is too large to be built; give at most {most:,}.")
+        if not 0 <= self.gamma < math.inf:
+            raise UserError(f"gan.gamma is {self.gamma}; give a number of at least 0, such as 0.1.")
+        if not 0 <= self.augment < 1:
+            raise UserError(f"gan.augment is {self.augment}; give a probability from 0 to less than 1, such as 0.5.")
 
     @property
     def divisor(self) -> int:
         """The picture size must be a multiple of this."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -22,6 +24,29 @@ WIDTHS: tuple[tuple[int, UNetConfig], ...] = (
     (1024, UNetConfig(channels=(64, 96, 128), attention=(False, False, True), patch=4)),
 )
 
+GAN_WIDTHS: tuple[tuple[int, tuple[int, ...], int], ...] = (
+    # up to this size: widths and patch. The smallest map is one of about 4 x 4 places, where parameters cost least.
+    (12, (56, 96), 1),
+    (40, (32, 64, 128), 2),
+    (80, (24, 48, 96, 192), 2),
+    (160, (32, 64, 128, 240), 4),
+    (320, (16, 32, 64, 128, 256), 4),
+    (640, (16, 32, 64, 64, 128, 256), 4),
+    (1024, (16, 32, 64, 64, 64, 128, 256), 4),
+)
+
+FEW, PLENTY = 1000, 20_000
+"""Training pictures below which the critic sees changed ones most often, and from which on never."""
+MOST_AUGMENT = 0.6
+
+VAES: tuple[tuple[int, VAEConfig], ...] = (
+    # up to this size: the network. Most of it works on the smallest map, where pictures pass through fastest.
+    (12, VAEConfig(channels=(48, 96), latents=32, narrow=32)),
+    (40, VAEConfig(channels=(32, 112), patch=2, latents=32, narrow=64)),
+    (80, VAEConfig(channels=(64, 96, 160), patch=2, latents=32, narrow=64)),
+    (1024, VAEConfig(channels=(96, 128, 192), patch=4, latents=32, narrow=64)),
+)
+
 SHORTEST = 30.0
 """Seconds of training; less leaves no time to train in, next to starting up and drawing the final pictures."""
 DEFAULT_SECONDS = 600.0
@@ -36,7 +61,7 @@ def facts_of(data: Prepared) -> DataConfig:
         labels = data.labels[data.train].tolist()
         counts = tuple(labels.count(label) for label in range(len(data.classes)))
     std = max(FLATTEST, round(data.std, 6))
-    return DataConfig(data.size, data.channels, data.classes, counts, std, data.fingerprint)
+    return DataConfig(data.size, data.channels, data.classes, counts, std, data.fingerprint, len(data.train))
 
 
 def check_length(steps: int | None, duration: str | None) -> None:
@@ -59,14 +84,29 @@ def network_for(data: DataConfig) -> UNetConfig:
 
 def vae_for(data: DataConfig) -> VAEConfig:
     """The variational autoencoder for pictures of this size; about as many parameters as `network_for`."""
-    del data
-    return VAEConfig()
+    network = next((vae for size, vae in VAES if data.size <= size), VAES[-1][1])
+    if data.channels == 1:
+        return network
+    # Colour needs more latents; where they narrow the map as much, the parameters stay as many.
+    return dataclasses.replace(network, latents=4 * network.latents, narrow=network.narrow // 4)
 
 
 def gan_for(data: DataConfig) -> GANConfig:
     """The two networks of a GAN for pictures of this size; about as many parameters as `network_for`."""
-    del data
-    return GANConfig()
+    channels, patch = next((channels, patch) for size, channels, patch in GAN_WIDTHS if data.size <= size)
+    return GANConfig(channels=channels, patch=patch, augment=augment_for(data.pictures))
+
+
+def augment_for(pictures: int) -> float:
+    """Probability of each change to pictures that a critic sees: none from 20,000 pictures on, most below 1,000.
+
+    >>> [augment_for(count) for count in (0, 200, 1000, 5000, 20000)]
+    [0.0, 0.6, 0.6, 0.28, 0.0]
+    """
+    if not pictures:
+        return 0.0
+    share = math.log(PLENTY / pictures) / math.log(PLENTY / FEW)
+    return round(MOST_AUGMENT * min(1.0, max(0.0, share)), 2)
 
 
 def _diffusion_training(data: DataConfig) -> TrainingConfig:
@@ -75,11 +115,14 @@ def _diffusion_training(data: DataConfig) -> TrainingConfig:
 
 
 def _vae_training(data: DataConfig) -> TrainingConfig:
-    return TrainingConfig(batch=64 if data.size <= 40 else 32)
+    small = data.size <= 40
+    return TrainingConfig(batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3)
 
 
 def _gan_training(data: DataConfig) -> TrainingConfig:
-    return TrainingConfig(batch=64 if data.size <= 40 else 32, optimizer="adamw")
+    # Small steps: at twice this rate the networks swing at first, and pictures of a class then stay more alike.
+    del data
+    return TrainingConfig(batch=32, optimizer="adamw", learning_rate=1e-3, warmup=200)
 
 
 _TRAINING: dict[str, Callable[[DataConfig], TrainingConfig]] = {

@@ -1,7 +1,7 @@
 """The run directory: the only channel between training, the command line and everything that looks on.
 
     config.toml   data/   status.json   plan.json   metrics.jsonl   checkpoints/   previews/   samples/   log.txt
-    snapshots/   evaluations/   curves.png   report.md
+    snapshots/   before/   evaluations/   curves.png   report.md
 
 Any reader may come, go or crash at any time: every file is replaced whole, and lines are appended whole.
 """
@@ -22,12 +22,12 @@ import filelock
 from snowmelt import checkpoint
 from snowmelt.config import Config, read_config, to_toml
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
-from snowmelt.errors import UserError
+from snowmelt.errors import UserError, choose
 from snowmelt.files import write_atomic
 
 if TYPE_CHECKING:
     from snowmelt.device import Precision
-    from snowmelt.models.base import Model
+    from snowmelt.models.base import Learner, Model
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Run:
         return self.path / "snapshots"
 
     @property
+    def before(self) -> Path:
+        """The folder of the last average weights that did not know their training pictures by heart."""
+        return self.path / "before"
+
+    @property
     def data(self) -> Path:
         """The prepared dataset: the run's own, or the one it was pointed at."""
         own = self.path / "data"
@@ -103,11 +108,42 @@ class Run:
         steps = checkpoint.steps_saved(self.checkpoints)
         return checkpoint.path_of(self.checkpoints, steps[-1]) if steps else None
 
-    def load_model(self, precision: Precision) -> tuple[Model, Path]:
-        """The model with the average weights of the newest checkpoint, and where that is.
+    def state_of(self, name: str) -> Path:
+        """The folder of one state of the run.
+
+        Args:
+            name: newest, before (its pictures were learned by heart), or the number of a step that is kept.
 
         Raises:
-            UserError: there is no checkpoint yet, or it is damaged, or does not fit config.toml.
+            UserError: there is no such state (yet).
+        """
+        kept = {
+            str(step): checkpoint.path_of(folder, step)
+            for folder in self._kept
+            for step in checkpoint.steps_saved(folder)
+        }
+        newest, before = self.newest_checkpoint(), checkpoint.steps_saved(self.before)
+        if name == "newest":
+            if newest is None:
+                raise UserError(
+                    f"{self.path} has no checkpoint yet; train it with `snowmelt train --resume {self.path}`."
+                )
+            return newest
+        if name == "before":
+            if not any(line.get("alarm") == "memorization" for line in self.metrics()) or not before:
+                raise UserError(f"{self.path} has not begun to know its pictures by heart; leave --state before away.")
+            return checkpoint.path_of(self.before, before[-1])
+        return choose(kept, name, f"kept state of {self.path} called")
+
+    @property
+    def _kept(self) -> tuple[Path, ...]:
+        return self.snapshots, self.before, self.checkpoints
+
+    def load_model(self, precision: Precision, state: str = "newest") -> tuple[Model, Path]:
+        """The model with the average weights of a state (see `state_of`), and where that is.
+
+        Raises:
+            UserError: there is no such checkpoint, or it is damaged, or does not fit config.toml.
         """
         import torch
 
@@ -116,13 +152,26 @@ class Run:
         from snowmelt.presets import threads_for
 
         torch.set_num_threads(threads_for(self.config.data, cores()))
-        path = self.newest_checkpoint()
-        if path is None:
-            raise UserError(f"{self.path} has no checkpoint yet; train it with `snowmelt train --resume {self.path}`.")
+        path = self.state_of(state)
         weights = checkpoint.load(path, "average")
         model = build_model(self.config, precision)
         checkpoint.load_into(model, weights, path)
         return model, path
+
+    def load_learner(self, precision: Precision, state: str = "newest") -> Learner:
+        """A learner of the model that `load_model` gives, with what else was kept of its training, to measure with.
+
+        Raises:
+            UserError: see `load_model`.
+        """
+        from snowmelt.models import build_learner
+
+        path = self.state_of(state)
+        learner = build_learner(self.config, precision)
+        checkpoint.load_into(learner.model, checkpoint.load(path, "average"), path)
+        if (path / "optimizer.safetensors").exists():
+            learner.load_optimizer(checkpoint.load(path, "optimizer"))
+        return learner
 
     def status(self) -> dict[str, Any]:
         """What the run last said of itself; empty before it said anything."""
@@ -186,6 +235,21 @@ def lock(path: Path) -> Generator[None]:
         yield
     finally:
         held.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the directory of a run at this moment."""
+    held = filelock.FileLock(path / ".lock", timeout=0)
+    if not (path / ".lock").exists():
+        return False
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        return True
+    except OSError:
+        return False
+    held.release()
+    return False
 
 
 def is_run(path: Path) -> bool:

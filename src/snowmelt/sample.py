@@ -47,6 +47,8 @@ class SampleOptions:
     """Classes by name, used in turn; all of them in turn when not given."""
     unconditional: bool = False
     """Let chance choose the class of each picture, as often as the training pictures have it."""
+    state: str = "newest"
+    """newest, before (it knew its training pictures by heart), or the number of a step that the run has kept."""
     sampler: str = "ddim"
     """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md."""
     steps: int = 50
@@ -118,9 +120,9 @@ def sample(options: SampleOptions) -> list[Path]:
     drawing = Drawing.of(options)
     check_drawing(drawing, classes=bool(run.config.data.classes))
     precision = make_precision(pick_device(options.device), options.precision)
-    model, checkpoint = run.load_model(precision)
+    model, checkpoint = run.load_model(precision, options.state)
     make_ready(run, model, drawing)
-    facts = _facts(run, checkpoint, options, drawing)
+    facts = _facts(run, checkpoint, options, {} if model.at_once else drawing.as_dict())
     files: list[Path] = []
     sheets: list[list[Images]] = []
     with make_folder(Path(options.out or run.path / "samples")) as out:
@@ -139,6 +141,8 @@ def sample(options: SampleOptions) -> list[Path]:
 
 def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
     """Every picture asked for, in order."""
+    from snowmelt.evaluation.drawing import classes_by_chance
+
     if options.levels and options.steps != SampleOptions.steps:
         raise UserError("--levels and --steps exclude each other; give one.")
     for name in ("count", "batch"):
@@ -156,31 +160,13 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
     labels = {name: label for label, name in enumerate(names)}
     turn = [choose(labels, name, "class") for name in options.classes] or list(labels.values())
     counts = run.config.data.counts or (1,) * len(names)
-    pick = _by_chance(counts) if options.unconditional and names else _in_turn(turn)
+    pick = classes_by_chance(counts) if options.unconditional and names else _in_turn(turn)
     numbers = range(options.first, options.first + options.count)
     return [Wanted(seed, number, pick(seed, number)) for seed in options.seeds for number in numbers]
 
 
 def _in_turn(turn: list[int]) -> Callable[[int, int], int | None]:
     return lambda _seed, number: turn[number % len(turn)] if turn else None
-
-
-def _by_chance(counts: tuple[int, ...]) -> Callable[[int, int], int | None]:
-    """A class for every picture, drawn by its seed and number as often as the training pictures have it.
-
-    A picture of a random class is a picture without a given class, p(x) = sum_c p(c) p(x | c); it is better than what
-    the network draws when it is told nothing, which it has practised on a tenth of the pictures only.
-    """
-    import torch
-
-    from snowmelt.seeds import generator
-
-    shares = torch.tensor(counts, dtype=torch.float64)
-
-    def pick(seed: int, number: int) -> int:
-        return int(torch.multinomial(shares, 1, generator=generator(seed, "class", number)))
-
-    return pick
 
 
 def _drawn(
@@ -227,7 +213,7 @@ def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]
     return files
 
 
-def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: Drawing) -> dict[str, Any]:
+def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str, Any]) -> dict[str, Any]:
     """What determines a picture, beside its seed, number and class."""
     from snowmelt.checkpoint import read_state
 
@@ -236,7 +222,8 @@ def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: Drawing)
         "run": str(run.path),
         "checkpoint": checkpoint.name,
         "weights": read_state(checkpoint)["sha256"]["average"],
-        "drawing": drawing.as_dict(),
+        "state": options.state,
+        "drawing": drawing,
         "precision": options.precision,
         "classes": run.config.data.classes,
     }
@@ -244,8 +231,8 @@ def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: Drawing)
 
 def _command(facts: dict[str, Any], one: Wanted, name: str | None) -> str:
     """The line that draws this picture again."""
-    words = ["snowmelt", "sample", facts["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
-    for option, value in {**facts["drawing"], "precision": facts["precision"]}.items():
+    words: list[Any] = ["snowmelt", "sample", facts["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
+    for option, value in {**facts["drawing"], "state": facts["state"], "precision": facts["precision"]}.items():
         words += [f"--{option.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
     words += [] if name is None else ["--classes", name]
     return shlex.join(map(str, words))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,8 +31,18 @@ def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
     """Give `model`, of `run`, what `drawing` asks for, and refuse what it cannot draw.
 
     Raises:
-        UserError: the run has no early state, or no pictures to measure on; or see `DiffusionModel.sampler` and `grid`.
+        UserError: the run has no early state, or no pictures to measure on; or the drawing asks a model that draws at
+            once for steps; or see `DiffusionModel.sampler` and `grid`.
     """
+    if model.at_once and drawing != Drawing():
+        plain = Drawing()
+        name = next(
+            field.name for field in fields(Drawing) if getattr(drawing, field.name) != getattr(plain, field.name)
+        )
+        raise UserError(
+            f"{run.path} holds a {run.config.model} model, which draws in a single step; leave --{name.replace('_', '-')} "
+            "away."
+        )
     if isinstance(model, DiffusionModel):
         model.grid(drawing)
         if drawing.away_from == "early" and drawing.guidance != 1:
@@ -39,6 +51,20 @@ def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
         if drawing.variance == "analytic":
             model.variances["analytic"] = measured_variance(run, model)
         model.sampler(drawing, model.bind(None))
+
+
+def classes_by_chance(counts: tuple[int, ...]) -> Callable[[int, int], int]:
+    """(seed, number) -> a class for the picture, by chance, as often as the training pictures have it.
+
+    A picture of a random class is a picture without a given class, p(x) = sum_c p(c) p(x | c); it is better than what
+    the network draws when it is told nothing, which it has practised on a tenth of the pictures only.
+    """
+    shares = torch.tensor(counts, dtype=torch.float64)
+
+    def pick(seed: int, number: int) -> int:
+        return int(torch.multinomial(shares, 1, generator=generator(seed, "class", number)))
+
+    return pick
 
 
 def early_model(run: Run, model: DiffusionModel) -> DiffusionModel:

@@ -1,9 +1,10 @@
-"""The held-out error of a model, by noise level: whether it learns, and where."""
+"""The errors of a model on pictures of the dataset, by name: whether it learns, and where (for diffusion by level)."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from snowmelt.data.pixels import to_images
 from snowmelt.data.prepared import Prepared
@@ -12,20 +13,27 @@ from snowmelt.models.base import Learner
 from snowmelt.seeds import generator
 
 
-def held_out_errors(
-    learner: Learner, data: Prepared, *, most: int, seed: int, device: torch.device, batch: int = 64
-) -> dict[str, float]:
-    """The learner's errors on up to `most` held-out pictures, averaged, by name.
+def some_of(rows: np.ndarray, most: int) -> np.ndarray:
+    """Up to `most` of the rows, evenly from all of them; the same every time."""
+    return rows[:: max(1, len(rows) // most)][:most]
 
-    The same pictures and the same noise every time, so that two moments of a run differ only by the model.
+
+def batch_of(data: Prepared, rows: np.ndarray, device: torch.device) -> Batch:
+    """Pictures of the dataset as a learner is given them."""
+    images = to_images(torch.from_numpy(np.ascontiguousarray(data.images[rows]))).to(device)
+    labels = None if data.labels is None else torch.from_numpy(data.labels[rows]).to(device)
+    return Batch(images, labels)
+
+
+def errors_of(
+    learner: Learner, data: Prepared, rows: np.ndarray, *, seed: int, device: torch.device, batch: int = 64
+) -> dict[str, Tensor]:
+    """The learner's errors on the pictures `rows`, each (rows,), by name.
+
+    The same noise every time, so that two moments of a run differ only by the model.
     """
-    totals: dict[str, float] = {}
-    chosen = data.held_out[:: max(1, len(data.held_out) // most)][:most]
-    for start in range(0, len(chosen), batch):
-        index = chosen[start : start + batch]
-        images = to_images(torch.from_numpy(np.ascontiguousarray(data.images[index]))).to(device)
-        labels = None if data.labels is None else torch.from_numpy(data.labels[index]).to(device)
-        errors = learner.held_out(Batch(images, labels), generator(seed, "held out", start, device=device))
-        for name, values in errors.items():
-            totals[name] = totals.get(name, 0.0) + values.sum().item()
-    return {name: total / len(chosen) for name, total in totals.items()}
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, len(rows), batch):
+        some = batch_of(data, rows[start : start + batch], device)
+        parts.append(learner.held_out(some, generator(seed, "held out", start, device=device)))
+    return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}

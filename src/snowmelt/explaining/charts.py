@@ -1,146 +1,20 @@
-"""Charts: each is drawn once as an SVG whose colours are the page's own variables, light or dark, and once as a PNG."""
+"""The charts of the explaining page."""
 
 from __future__ import annotations
 
-import io
-import math
-import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.explaining.network import StepBack
 from snowmelt.explaining.parts import HALF, Appearance
 from snowmelt.explaining.process import REACH, Process, bell, betas_of, histogram, moments_of
+from snowmelt.pages.charts import Chart, Draw, Paint
 
-Paint: TypeAlias = Callable[[str], str]
-"""The colour of a role."""
-Draw: TypeAlias = Callable[[Any, Paint], None]
-"""Draws into axes."""
-
-LIGHT = {
-    "ink": "#1d2530",
-    "faint": "#8a94a3",
-    "rule": "#dfe3e8",
-    "signal": "#1f66b0",
-    "noise": "#c4531a",
-    "third": "#2f7d4f",
-    "series0": "#1f66b0",
-    "series1": "#7d8c2b",
-    "series2": "#c4531a",
-    "series3": "#2f7d4f",
-    "series4": "#8a5bb5",
-    "series5": "#b23a6e",
-    "series6": "#1c8a94",
-    "series7": "#8b6b3e",
-}
-"""Every role and its colour on white; the page's style sheet has the same and those for the dark."""
-_STANDIN = {role: f"#0a0b{number:02x}" for number, role in enumerate(LIGHT)}
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "snowmelt",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "path.simplify_threshold": 0.5,
-}
 POINTS = 250
 """Of a curve; one through all 1000 steps would say no more."""
 _HALVES = ([0, 0.5, 1], ["0", "½", "1"])
 _PART_ROLES = {"outline": "signal", "colour": "noise", "texture": "third"}
-
-
-class Chart(NamedTuple):
-    """One panel: how it is drawn, its title in the PNG, its width and height in inches."""
-
-    draw: Draw
-    title: str
-    size: tuple[float, float] = (4.2, 2.9)
-
-
-def svg(chart: Chart, name: str, label: str) -> str:
-    """The chart as inline SVG, which asks for nothing outside itself.
-
-    Args:
-        name: begins its ids, so that no two charts of a page share one.
-        label: for those who cannot see it.
-    """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=chart.size, dpi=72)
-        axes = figure.subplots(gridspec_kw=_margins(*chart.size))
-        _frame(axes, _STANDIN.__getitem__)
-        chart.draw(axes, _STANDIN.__getitem__)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
-        ends = [axes.transData.transform((x, 0))[0] for x in axes.get_xlim()]
-    return _inline(buffer.getvalue(), name, label, ends)
-
-
-def _inline(text: str, name: str, label: str, ends: list[float]) -> str:
-    """Matplotlib's document as a part of a page: own names, the page's colours, no document of its own."""
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
-    for role, colour in _STANDIN.items():
-        text = text.replace(colour, f"var(--{role})")
-    size = re.search(r'viewBox="([^"]+)"', text)
-    assert size is not None
-    head = (
-        f'<svg viewBox="{size.group(1)}" role="img" aria-label="{label}" '
-        f'data-left="{ends[0]:.2f}" data-right="{ends[1]:.2f}">'
-    )
-    return head + re.sub(r"\s*\n\s*", " ", text[text.index(">") + 1 :]).strip()
-
-
-def png(charts: list[Chart], columns: int) -> bytes:
-    """The charts side by side as one picture on white."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(columns, len(charts))
-    rows = math.ceil(len(charts) / columns)
-    width, height = charts[0].size
-    with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=(columns * width, rows * (height + 0.3)), dpi=130)
-        grid = figure.subplots(rows, columns, squeeze=False).flatten()
-        edges = _margins(columns * width, rows * (height + 0.3), top=0.35)
-        figure.subplots_adjust(**edges, hspace=0.85 / (height - 0.6), wspace=0.6 / (width - 0.6))
-        for axes, chart in zip(grid, charts, strict=False):
-            _frame(axes, LIGHT.__getitem__)
-            chart.draw(axes, LIGHT.__getitem__)
-            axes.set_title(chart.title, fontsize=10, color=LIGHT["ink"])
-            if axes is grid[0] and axes.lines and not axes.lines[0].get_label().startswith("_"):
-                axes.legend(frameon=False, fontsize=7.5)
-        for axes in grid[len(charts) :]:
-            axes.set_axis_off()
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
-
-
-def _margins(width: float, height: float, top: float = 0.08) -> dict[str, float]:
-    """Room for the numbers on the axes, always the same: measuring them would take most of the drawing's time."""
-    return {"left": 0.5 / width, "right": 1 - 0.12 / width, "bottom": 0.5 / height, "top": 1 - top / height}
-
-
-def _frame(axes: Any, paint: Paint) -> None:
-    axes.patch.set_visible(False)
-    axes.figure.patch.set_alpha(0)
-    axes.grid(color=paint("rule"), linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=paint("ink"), length=0)
-    axes.xaxis.label.set_color(paint("ink"))
-    axes.yaxis.label.set_color(paint("ink"))
-    for spine in axes.spines.values():
-        spine.set_color(paint("faint"))
 
 
 def series(name: str) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 from snowmelt.diffusion.process import Moment, posterior
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.explaining import charts
-from snowmelt.explaining.markup import data_uri, figure, img, number, png, table
-from snowmelt.explaining.page import Part, Subject, script_data
+from snowmelt.explaining.markup import data_uri, figure, img
+from snowmelt.explaining.page import Part, Subject
 from snowmelt.explaining.process import (
     REACH,
     Forward,
@@ -26,6 +26,9 @@ from snowmelt.explaining.process import (
     walk_back,
     walked,
 )
+from snowmelt.pages.charts import Chart, png_of, svg
+from snowmelt.pages.markup import number, png, table
+from snowmelt.pages.shell import script_data
 from snowmelt.pictures import sheet
 from snowmelt.shapes import Images
 
@@ -50,14 +53,14 @@ def forward_part(process: Process, subject: Subject) -> Part:
         **_slider(process, shown, ten),
         **_agreement(process, forward, ten),
         **_schedules(process, subject, curves),
-        "ridges": charts.svg(ridges, "ridges", "Histograms of ten moments, flowing into the bell curve"),
+        "ridges": svg(ridges, "ridges", "Histograms of ten moments, flowing into the bell curve"),
         **_end(process),
         **_posterior(process, back, ten),
     }
     files = {
         "forward.png": png(sheet(torch.cat([process.at(t) for t in ten]), 5, smallest=128)),
-        "histogram.png": charts.png([ridges], 1),
-        "curves.png": charts.png(curves, 3),
+        "histogram.png": png_of([ridges], 1),
+        "curves.png": png_of(curves, 3),
     }
     return Part(values, files)
 
@@ -157,7 +160,7 @@ def _slider(process: Process, shown: list[int], ten: list[int]) -> dict[str, str
         "start_image": data_uri(process.x0),
         "start_bars": _bars(histograms[0].counted, top),
         "bell": _line(histograms[0].places, bell(histograms[0].places), top),
-        "mixture": charts.svg(chart, "mixture", "The weights of signal and noise over the steps"),
+        "mixture": svg(chart, "mixture", "The weights of signal and noise over the steps"),
     }
 
 
@@ -236,7 +239,7 @@ def _pair(one: Measured) -> str:
     return f'<span class="signal">{number(one.signal)}</span> <span class="noise">{number(one.noise)}</span>'
 
 
-def _schedules(process: Process, subject: Subject, curves: list[charts.Chart]) -> dict[str, str]:
+def _schedules(process: Process, subject: Subject, curves: list[Chart]) -> dict[str, str]:
     def entry(name: str) -> str:
         return f'<li><i style="background:var(--{charts.series(name)})"></i>{name}</li>'
 
@@ -251,7 +254,7 @@ def _schedules(process: Process, subject: Subject, curves: list[charts.Chart]) -
         "log-SNR: both in one number",
     ]
     panels = [
-        figure(charts.svg(chart, f"curves{index}", chart.title.replace("$", "").replace("\\", "")), words)
+        figure(svg(chart, f"curves{index}", chart.title.replace("$", "").replace("\\", "")), words)
         for index, (chart, words) in enumerate(zip(curves, captions, strict=True))
     ]
     other = "cosine" if subject.schedule != "cosine" else "linear"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snowmelt.explaining import charts
 from snowmelt.explaining.forward import TEN
-from snowmelt.explaining.markup import data_uri, img, number, png, table
+from snowmelt.explaining.markup import data_uri, img
 from snowmelt.explaining.network import (
     COMPANIONS,
     EVALUATIONS,
@@ -27,9 +27,12 @@ from snowmelt.explaining.network import (
     total_bits,
     trail,
 )
-from snowmelt.explaining.page import Part, Subject, script_data
+from snowmelt.explaining.page import Part, Subject
 from snowmelt.explaining.parts import Appearance, appearances, shown, split
 from snowmelt.explaining.process import Process, moments_of
+from snowmelt.pages.charts import png_of, svg
+from snowmelt.pages.markup import number, png, table
+from snowmelt.pages.shell import script_data
 from snowmelt.pictures import strip
 from snowmelt.run import Run
 from snowmelt.shapes import Images
@@ -65,16 +68,16 @@ def reverse_part(process: Process, network: Network, run: Run, subject: Subject)
         **_steps(process, steps, ten),
         **_parts(ddim, found),
         **_errors(steps, held_out_errors(run)),
-        "gap_chart": charts.svg(drawn["steps.png"][0], "gap", "Distance of the means and spreads of the steps back"),
-        "kl_chart": charts.svg(drawn["steps.png"][1], "kl", "Divergence of every step back"),
-        "parts_chart": charts.svg(drawn["parts.png"][0], "parts", "How much of each part is there at every step"),
-        "error_chart": charts.svg(drawn["errors.png"][0], "errors", "Error of the guess by noise level"),
+        "gap_chart": svg(drawn["steps.png"][0], "gap", "Distance of the means and spreads of the steps back"),
+        "kl_chart": svg(drawn["steps.png"][1], "kl", "Divergence of every step back"),
+        "parts_chart": svg(drawn["parts.png"][0], "parts", "How much of each part is there at every step"),
+        "error_chart": svg(drawn["errors.png"][0], "errors", "Error of the guess by noise level"),
     }
     places = _places(ts, TEN)
     files = {
         "reverse.png": _strip([[one[place] for place in places] for trail in (ddim, ddpm) for one in trail[1:]]),
         "beliefs.png": _strip([[process.at(t) for t in ten[1:]], beliefs, back]),
-        **{name: charts.png(some, len(some)) for name, some in drawn.items()},
+        **{name: png_of(some, len(some)) for name, some in drawn.items()},
     }
     return Part(values, files)
 

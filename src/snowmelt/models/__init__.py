@@ -23,7 +23,9 @@ from snowmelt.diffusion.variance import VARIANCES
 from snowmelt.errors import UserError, choose
 from snowmelt.models.base import Drawing, Learner, Model
 from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel, schedule_of
+from snowmelt.models.gan import GANLearner, GANModel
 from snowmelt.models.optimizer import OPTIMIZERS
+from snowmelt.models.vae import VAELearner, VAEModel
 from snowmelt.seeds import generator
 
 
@@ -35,7 +37,11 @@ class Family:
     learner: Callable[[Any], Learner]
 
 
-MODELS: dict[str, Family] = {"diffusion": Family(DiffusionModel, DiffusionLearner)}
+MODELS: dict[str, Family] = {
+    "diffusion": Family(DiffusionModel, DiffusionLearner),
+    "vae": Family(VAEModel, VAELearner),
+    "gan": Family(GANModel, GANLearner),
+}
 
 
 def build_model(config: Config, precision: Precision) -> Model:

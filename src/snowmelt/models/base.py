@@ -98,6 +98,15 @@ class Model(nn.Module, abc.ABC):
         del noise, held_out
         return {}
 
+    def bits(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Bits/dim that the model needs for each picture, (batch,), at most: "bound", and its parts by name.
+
+        Nothing where a family has no likelihood, such as a GAN, or where it takes more than a call (diffusion models:
+        `snowmelt.diffusion.likelihood`).
+        """
+        del batch, rng
+        return {}
+
 
 def latents_of(noise: NoiseSource, count: int) -> Features:
     """(batch, count) standard normal values, from as much of the pictures' own noise as that takes."""
@@ -106,6 +115,11 @@ def latents_of(noise: NoiseSource, count: int) -> Features:
         parts.append(noise(len(parts)).flatten(1))
         have += parts[-1].shape[1]
     return torch.cat(parts, dim=1)[:, :count]
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """How many numbers training changes in them."""
+    return sum(weight.numel() for module in modules for weight in module.parameters())
 
 
 class Update(NamedTuple):
@@ -129,6 +143,11 @@ class Learner(Protocol):
     @property
     def averaged(self) -> nn.Module:
         """The part of the model whose running average is kept and sampled from."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that training changes, in all of the networks that it needs."""
         ...
 
     def update(self, batch: Batch, rng: torch.Generator, learning_rate: float) -> Update:

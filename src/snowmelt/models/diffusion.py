@@ -35,7 +35,7 @@ from snowmelt.diffusion.schedules import (
 from snowmelt.diffusion.variance import VARIANCES, Variance, fresh_share, interpolated, posterior
 from snowmelt.diffusion.walk import NoiseSource, Sampler, Step
 from snowmelt.errors import UserError, choose
-from snowmelt.models.base import Drawing, Model, Update
+from snowmelt.models.base import Drawing, Model, Update, count_parameters
 from snowmelt.models.optimizer import Optimizer
 from snowmelt.networks.layers import sinusoids
 from snowmelt.networks.unet import UNet
@@ -201,6 +201,11 @@ class DiffusionLearner:
     def averaged(self) -> nn.Module:
         """The whole model."""
         return self.model
+
+    @property
+    def parameters(self) -> int:
+        """Of the denoiser."""
+        return count_parameters(self.model)
 
     def update(self, batch: Batch, rng: torch.Generator, learning_rate: float) -> Update:
         """One step at random levels, noise and hidden labels: see `Learner`."""

@@ -8,7 +8,7 @@ same speed. The share of digits that a classifier was sure of, 92.5 % and 91.3 %
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,13 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], dict[str, nn.Parameter]]] = {
 
 
 class Optimizer:
-    """Updates the weights of a module, and gives its own state as tensors named after them."""
+    """Updates the weights of a module, and gives its own state as tensors named after them.
 
-    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
+    Args:
+        betas: of AdamW.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainingConfig, *, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         self.module, self.clip = module, config.clip
         self.sources = OPTIMIZERS[config.optimizer](module)
         # Muon takes matrices only: it is given views of the kernels that share their memory.
@@ -50,23 +54,26 @@ class Optimizer:
             {"params": [weight for weight in rest.values() if weight.ndim <= 1], "weight_decay": 0.0},
         ]
         # Fused, because it is the fastest on every device.
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, fused=True)]
         if flat:
             self.parts.append(Muon(flat.values(), weight_decay=decay))
 
     def step(self, learning_rate: float) -> bool:
         """Clip the gradients and step; if their norm is not finite leave every weight as it is and return False."""
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip, foreach=True)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            for name, source in self.sources.items():
-                self.updated[name].grad = None if source.grad is None else source.grad.flatten(1)
-            for part in self.parts:
-                for group in part.param_groups:
-                    group["lr"] = learning_rate
-                part.step()
-        self.module.zero_grad(set_to_none=True)
-        return finite
+        return step_together([self], learning_rate)
+
+    def clip_gradients(self) -> bool:
+        """Clip the gradients; whether their norm is finite."""
+        return bool(torch.isfinite(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip, foreach=True)))
+
+    def move(self, learning_rate: float) -> None:
+        """Update the weights by the gradients as they are."""
+        for name, source in self.sources.items():
+            self.updated[name].grad = None if source.grad is None else source.grad.flatten(1)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of every weight, as `<weight>/<quantity>`."""
@@ -86,3 +93,14 @@ class Optimizer:
             name, quantity = key.rsplit("/", 1)
             weight = self.updated[name]
             homes[weight].state.setdefault(weight, {})[quantity] = value.to(weight.device, copy=True)
+
+
+def step_together(optimizers: Iterable[Optimizer], learning_rate: float) -> bool:
+    """Step all or, if the gradients of any are not finite, none; in the end there are no gradients."""
+    chosen = list(optimizers)
+    finite = all(optimizer.clip_gradients() for optimizer in chosen)
+    for optimizer in chosen:
+        if finite:
+            optimizer.move(learning_rate)
+        optimizer.module.zero_grad(set_to_none=True)
+    return finite

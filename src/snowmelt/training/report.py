@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from snowmelt.evaluation.curves import ERROR
+from snowmelt.evaluation.curves import COUNTED
 from snowmelt.files import write_atomic
 from snowmelt.run import Run
 from snowmelt.terminal import words_of
@@ -21,17 +21,16 @@ def write_report(run: Run, progress: Progress, pictures: list[Path]) -> Path:
     facts = {
         "Pictures": f"{data.size} x {data.size}, {'grey' if data.channels == 1 else 'colour'}, "
         f"{len(data.classes) or 'no'} classes",
-        "Model": f"{config.model}, widths {config.network.channels}, predicts {config.diffusion.predicts}, "
-        f"{config.diffusion.schedule} schedule",
+        "Model": f"{config.model}, widths {config.architecture.channels}",
         "Trained": f"{progress.step:,} steps, {progress.images:,} images seen, {words_of(progress.elapsed)}",
         "Speed": f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s in {training.precision}" if speeds else "-",
         "Skipped updates": f"{progress.skipped}, {progress.rollbacks} rollbacks",
         "Held-out loss": f"{final.get('held_out_loss', float('nan')):.4f}",
-    }
+    } | {f"Alarm: {line['alarm']}": line["text"] for line in lines if "alarm" in line}
     parts = [f"# {run.path.name}", "", "| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
     parts += ["", "## Pictures", "", *(f"![{path.stem}]({os.path.relpath(path, run.path)})" for path in pictures)]
-    parts += ["", "## Curves", "", "![curves](curves.png)", "", "| log-SNR | held-out error per pixel |", "|---|---|"]
-    parts += [f"| {key.removeprefix(ERROR)} | {value:.5f} |" for key, value in final.items() if key.startswith(ERROR)]
+    parts += ["", "## Curves", "", "![curves](curves.png)", "", "| on held-out pictures | |", "|---|---|"]
+    parts += [f"| {key} | {value:.5f} |" for key, value in final.items() if key not in COUNTED]
     path = run.path / "report.md"
     write_atomic(path, "\n".join(parts) + "\n")
     return path

@@ -142,7 +142,8 @@ def _train(session: Session, progress: Progress) -> Path:
         session.stream.close()
     progress.elapsed = time.monotonic() - session.started
     report = write_report(run, progress, files)
-    run.write_status("finished", step=progress.step, images=progress.images, seconds=round(progress.elapsed, 1))
+    about = {"seconds": round(progress.elapsed, 1), "parameters": session.learner.parameters}
+    run.write_status("finished", step=progress.step, images=progress.images, **about)
     for file in files:
         log(f"Wrote {file}")
     return report

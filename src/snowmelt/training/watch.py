@@ -9,21 +9,27 @@ from math import isfinite
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from rich.live import Live
 from rich.text import Text
+from torch import Tensor
 
+from snowmelt import checkpoint
+from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared
 from snowmelt.device import memory_in_use
 from snowmelt.ema import Average
 from snowmelt.evaluation.curves import plot_curves
-from snowmelt.evaluation.levels import held_out_errors
+from snowmelt.evaluation.levels import batch_of, errors_of, some_of
+from snowmelt.evaluation.memorization import gaps
 from snowmelt.models.base import Drawing, Learner
 from snowmelt.pictures import moments_of, save_png, sheet, strip
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
 from snowmelt.shapes import Images, Labels
 from snowmelt.terminal import Log, size_of, words_of
+from snowmelt.training.alarms import ALIKE, EARLIEST, learned_by_heart, spread_ratio
 from snowmelt.training.plan import Plan
 from snowmelt.training.progress import Progress
 from snowmelt.training.signals import Stop
@@ -35,7 +41,9 @@ LINES = 200
 PREVIEW = Drawing(steps=15)
 FINAL = Drawing(steps=50)
 HELD_OUT = 48
-"""Held-out pictures looked at for each preview."""
+"""Held-out pictures, and as many training pictures, looked at for each preview."""
+SHOWN = 8
+"""Rows of what only one family can show."""
 WATCH_SHARE = 0.08
 """Of the time of a run that previews may take; the last one is always drawn."""
 STATUS_SECONDS = 2.0
@@ -57,7 +65,7 @@ class Watch:
     device: torch.device
     stop: Stop
     live: Live = field(init=False)
-    losses: list[float] = field(default_factory=list[float])
+    losses: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=40))
     said: float = 0.0
     written: float = 0.0
@@ -73,12 +81,13 @@ class Watch:
 
     def after_update(self, progress: Progress, losses: dict[str, float], rate: float) -> None:
         """Take note of an update; now and then say so and write a line of metrics."""
-        self.losses.append(losses["loss"])
+        for name, loss in losses.items():
+            self.losses.setdefault(name, []).append(loss)
         self.speeds.append((time.monotonic(), progress.images))
         horizon = self.plan.horizon(progress.step)
         self._say(progress, horizon)
         if progress.step % max(1, (horizon or LINES * 10) // LINES) == 0 or progress.step == 1:
-            finite = [loss for loss in self.losses if isfinite(loss)]
+            finite = {name: [loss for loss in values if isfinite(loss)] for name, values in self.losses.items()}
             line = {
                 "step": progress.step,
                 "images": progress.images,
@@ -87,7 +96,7 @@ class Watch:
                 "seconds": round(progress.elapsed, 3),
                 "memory": memory_in_use(self.device),
             }
-            self.run.append_metrics(line | ({"loss": fmean(finite)} if finite else {}))
+            self.run.append_metrics(line | {name: fmean(values) for name, values in finite.items() if values})
             self.losses.clear()
 
     def images_per_second(self) -> float:
@@ -118,7 +127,7 @@ class Watch:
         else:
             batch = self.run.config.training.batch
             left = words_of(((horizon or 0) - progress.step) * batch / speed) if speed else "?"
-        loss = self.losses[-1] if self.losses else float("nan")
+        loss = self.losses["loss"][-1] if self.losses else float("nan")
         step = f"step {progress.step}/{horizon}" if horizon else f"step {progress.step}"
         return (
             f"{step} · {progress.images:,} images · loss {loss:.4f} · {speed:.0f} images/s · "
@@ -133,7 +142,8 @@ class Watch:
 
     def seconds_of_finish(self) -> float:
         """How long the final pictures will take, and a second for the report."""
-        return self.drawing_seconds * FINAL.steps / PREVIEW.steps + 1
+        more = 1.0 if self.learner.model.at_once else FINAL.steps / PREVIEW.steps
+        return self.drawing_seconds * more + 1
 
     def preview_if_due(self, progress: Progress) -> None:
         """Draw the preview of this moment, if there is one and earlier ones left time for it."""
@@ -152,28 +162,81 @@ class Watch:
             self.drawing_seconds = time.monotonic() - begin
             path = self.run.folder("previews") / f"{progress.step:09d}.png"
             save_png(path, sheet(images[-1], self._columns()))
-            self._measure(progress)
+            self._measure(progress, images[-1])
         plot_curves(self.run.metrics(), self.run.path / "curves.png")
         self.preview_seconds = time.monotonic() - begin
         self.spent += self.preview_seconds
 
     def finish(self) -> list[Path]:
-        """The final pictures: a grid, and a strip of pictures melting out of noise."""
+        """The final pictures: a grid, a strip of pictures melting out of noise, and what else the family can show."""
         with self.average.applied():
             moments = self._draw(FINAL)
-        if moments is None:
-            return []
+            if moments is None:
+                return []
+            shown = self._shows()
         rows = range(0, len(moments[-1]), self._columns())
+        if not self.learner.model.at_once:
+            shown["strip"] = [moment[list(rows)][:10] for moment in moments]
+        path = self.run.path
         return [
-            save_png(self.run.path / "grid.png", sheet(moments[-1], self._columns(), smallest=64)),
-            save_png(self.run.path / "strip.png", strip([moment[list(rows)][:10] for moment in moments], smallest=64)),
+            save_png(path / "grid.png", sheet(moments[-1], self._columns(), smallest=64)),
+            *(save_png(path / f"{name}.png", strip(columns, smallest=64)) for name, columns in shown.items()),
         ]
 
-    def _measure(self, progress: Progress) -> None:
-        config = self.run.config.training
-        errors = held_out_errors(self.learner, self.data, most=HELD_OUT, seed=config.seed, device=self.device)
-        line = {"step": progress.step, "images": progress.images}
-        self.run.append_metrics(line | {name: round(value, 7) for name, value in errors.items()})
+    def _shows(self) -> dict[str, list[Images]]:
+        held_out = batch_of(self.data, some_of(self.data.held_out, SHOWN), self.device)
+        numbers, shape = range(len(held_out.images)), tuple(held_out.images.shape[1:])
+        noise = noise_source([self.run.config.training.seed] * len(numbers), numbers, shape, self.device)
+        return self.learner.model.shows(noise, held_out) if numbers else {}
+
+    def _measure(self, progress: Progress, drawn: Images) -> None:
+        """The errors on held-out and on training pictures, and how different the drawn pictures are."""
+        held_out, train = (self._errors(rows) for rows in (self.data.held_out, self.data.train))
+        line: dict[str, float] = {name: round(values.mean().item(), 7) for name, values in held_out.items()}
+        gap = next(gap for gap in gaps(train, held_out) if gap.name == "held_out_loss")
+        line |= {"train_loss": round(gap.train, 7), "spread": round(self._spread(drawn), 4)}
+        self._say_alarms(progress, by_heart=learned_by_heart(gap), spread=line["spread"])
+        self.run.append_metrics({"step": progress.step, "images": progress.images} | line)
+
+    def _errors(self, rows: np.ndarray) -> dict[str, Tensor]:
+        seed = self.run.config.training.seed
+        return errors_of(self.learner, self.data, some_of(rows, HELD_OUT), seed=seed, device=self.device)
+
+    def _spread(self, drawn: Images) -> float:
+        classes = min(10, len(self.run.config.data.classes))
+        return spread_ratio(to_pixels(drawn), self.data, columns=self._columns(), classes=classes)
+
+    def _say_alarms(self, progress: Progress, *, by_heart: bool, spread: float) -> None:
+        """Warn once of each; until pictures are learned by heart, keep the average weights of the last good moment."""
+        before = {line["alarm"] for line in self.run.metrics() if "alarm" in line}
+        if by_heart and "memorization" not in before:
+            kept = checkpoint.steps_saved(self.run.before)
+            where = (
+                f"`snowmelt sample {self.run.path} --state before` draws as it was at step {kept[-1]}" if kept else ""
+            )
+            self._alarm(
+                progress,
+                "memorization",
+                "The network begins to know its training pictures by heart (its errors on held-out pictures are larger "
+                f"beyond doubt): more pictures help, or less training{'; ' + where if where else ''}.",
+            )
+        elif not by_heart and "memorization" not in before:
+            self.run.before.mkdir(exist_ok=True)
+            checkpoint.save(
+                self.run.before, progress.step, {"average": self.average.state()}, progress.as_dict(), keep=1
+            )
+        horizon = self.plan.horizon(progress.step) or 0
+        if spread < ALIKE and 0 < EARLIEST * horizon <= progress.step and "collapse" not in before:
+            self._alarm(
+                progress,
+                "collapse",
+                f"The drawn pictures are nearly all alike (they differ {spread:.0%} as much as real ones): the model "
+                "has collapsed, or has learned little yet.",
+            )
+
+    def _alarm(self, progress: Progress, name: str, text: str) -> None:
+        self.log(text)
+        self.run.append_metrics({"step": progress.step, "images": progress.images, "alarm": name, "text": text})
 
     def _labels(self) -> Labels | None:
         """One row for each class, ten rows at most; none where there are no classes."""

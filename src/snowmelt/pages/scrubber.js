@@ -32,7 +32,7 @@ for (const scrubber of document.querySelectorAll("[data-scrubber]")) {
     if (timer) return stop();
     if (slider.value === slider.max) slider.value = 0;
     button.textContent = "Pause";
-    timer = setInterval(advance, 140);
+    timer = setInterval(advance, Number(scrubber.dataset.pause ?? 140));
     show();
   });
   slider.addEventListener("input", () => { stop(); show(); });

@@ -1,0 +1,241 @@
+"""`snowmelt compare`: VAE, GAN and diffusion on the same pictures, for the same time, by the same measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snowmelt import __version__
+from snowmelt.comparing.budget import AIM
+from snowmelt.comparing.options import CompareOptions, check, check_runs
+from snowmelt.errors import UserError
+from snowmelt.evaluating.options import EvaluateOptions
+from snowmelt.files import write_atomic
+from snowmelt.terminal import Log, console
+
+if TYPE_CHECKING:
+    from snowmelt.comparing.duel import Ledger
+    from snowmelt.data.prepared import Prepared
+    from snowmelt.evaluation.features import Space
+    from snowmelt.run import Run
+
+__all__ = ["CompareOptions", "compare"]
+
+DATA_OPTIONS = ("size", "color", "background", "fit", "classes")
+PLAN = "plan.json"
+NO_TIME = (
+    "An encoder of these pictures would have taken too large a part of the time, so only random features saw them."
+)
+PROCESS_OPTIONS = ("out", "processes", "device")
+"""What may differ when a command continues a comparison."""
+
+
+def compare(options: CompareOptions) -> Path:
+    """Train or take the models, measure them alike, write the report, and return the path of report.html.
+
+    Raises:
+        UserError: for every mistake in the options, before anything is written.
+        Stopped: on Ctrl-C or SIGTERM, after saving; the same command continues.
+    """
+    check(options)
+    # Late, so that the command line stays instant.
+    from snowmelt.comparing.duel import Ledger
+    from snowmelt.run import Run, is_run, lock
+
+    finished = all(is_run(Path(source)) for source in options.sources)
+    if finished:
+        check_runs(options)
+    elif len(options.sources) > 1:
+        _refuse_mixture(options)
+    out = Path(options.out or Path("compare") / _name(options))
+    runs = _alike([Run.open(Path(source)) for source in options.sources]) if finished else []
+    _refuse_foreign(out)
+    fresh = [parent for parent in (out, *out.parents) if not parent.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock(out):
+            log, ledger = Log(console(), out / "log.txt"), Ledger.open(out / PLAN, _request(options))
+            runs = runs or _duel(options, out, ledger, log)
+            found = _measured(options, runs, ledger, log, timed=not finished)
+            page = _write(out, found)
+    except UserError:
+        # After a refusal leave nothing behind, unless work has begun.
+        if fresh and not (out / PLAN).exists():
+            shutil.rmtree(fresh[-1], ignore_errors=True)
+        raise
+    log(f"{found['verdict']['headline']}")
+    log(f"Wrote {page}; open it in a browser")
+    return page
+
+
+def _name(options: CompareOptions) -> str:
+    names = [Path(source.removeprefix("builtin:")).resolve().name.split(".")[0] for source in options.sources]
+    return "-".join(names)[:80] or "comparison"
+
+
+def _request(options: CompareOptions) -> dict[str, Any]:
+    """The options that make the comparison what it is."""
+    asked = dataclasses.asdict(options)
+    kept = {name: value for name, value in asked.items() if name not in PROCESS_OPTIONS}
+    kept["sources"] = [one if one.startswith("builtin:") else str(Path(one).resolve()) for one in options.sources]
+    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def _refuse_mixture(options: CompareOptions) -> None:
+    from snowmelt.run import is_run
+
+    others = [source for source in options.sources if not is_run(Path(source))]
+    raise UserError(
+        f"{others[0]} is no run; name one folder or archive of pictures to train models on, or finished runs only."
+    )
+
+
+def _refuse_foreign(out: Path) -> None:
+    """A folder that holds something else is left alone."""
+    if out.is_file():
+        raise UserError(f"{out} is a file; choose another folder with --out.")
+    if not out.is_dir() or (out / PLAN).exists():
+        return
+    if any(path.name not in ("log.txt", "data") and path.name[0] != "." for path in out.iterdir()):
+        raise UserError(f"{out} exists and is no comparison; choose another --out.")
+
+
+def _alike(runs: list[Run]) -> list[Run]:
+    """The runs, which can be compared.
+
+    Raises:
+        UserError: they were trained on other pictures, at other sizes, or are not finished.
+    """
+    for run in runs:
+        state = run.status().get("state")
+        if state != "finished":
+            end = "wait for it" if state == "training" else f"finish it with `snowmelt train --resume {run.path}`"
+            raise UserError(f"{run.path} is not finished ({state or 'never trained'}); {end}.")
+    first = runs[0]
+    for run in runs[1:]:
+        if run.config.data.size != first.config.data.size or run.config.data.channels != first.config.data.channels:
+            raise UserError(
+                f"{run.path} draws pictures of {run.config.data.size} pixels and {first.path} of "
+                f"{first.config.data.size}, or of other colours; compare runs with pictures of one kind."
+            )
+        if run.config.data.fingerprint != first.config.data.fingerprint:
+            raise UserError(
+                f"{run.path} and {first.path} were trained on different pictures; compare runs of the same dataset."
+            )
+    return runs
+
+
+def _duel(options: CompareOptions, out: Path, ledger: Ledger, log: Log) -> list[Run]:
+    """The models, trained for equal times on the same pictures."""
+    from snowmelt.comparing.budget import shares
+    from snowmelt.comparing.duel import train_models
+    from snowmelt.training.signals import catch_signals
+
+    with ledger.phase("pictures"):
+        data = _pictures(options, out)
+    if ledger.shares is None:
+        with ledger.phase("encoder"):
+            _spaces(options, data, log)
+        ledger.shares = shares(options.seconds, ledger.total, len(options.families))
+        ledger.save()
+    with catch_signals() as stop:
+        return train_models(options, data.path, ledger, stop, log)
+
+
+def _pictures(options: CompareOptions, out: Path) -> Prepared:
+    """The prepared pictures that all the models share."""
+    from snowmelt.data.prepared import is_prepared, open_prepared
+    from snowmelt.prepare import PrepareOptions, prepare
+
+    source = Path(options.sources[0])
+    if is_prepared(source):
+        given = [name for name in DATA_OPTIONS if getattr(options, name) != getattr(CompareOptions, name)]
+        if given:
+            raise UserError(f"{source} is prepared already; leave --{given[0]} away.")
+        return open_prepared(source)
+    if is_prepared(out / "data"):
+        return open_prepared(out / "data")
+    settings = {name: getattr(options, name) for name in (*DATA_OPTIONS, "seed")}
+    return prepare(PrepareOptions(source=options.sources[0], out=out / "data", **settings), console())
+
+
+def _spaces(options: CompareOptions, data: Prepared, log: Log) -> list[Space]:
+    """The feature spaces that there is time for."""
+    from snowmelt.comparing.budget import ENCODER_SHARE
+    from snowmelt.evaluating.quality import spaces_of
+    from snowmelt.evaluation.features import expected_seconds
+
+    evaluate = _evaluate_options(options)
+    if expected_seconds(data, ("trained",), 0) > ENCODER_SHARE * options.seconds:
+        log(NO_TIME)
+        evaluate = dataclasses.replace(evaluate, spaces=("random",))
+    return spaces_of(data, evaluate, log)
+
+
+def _evaluate_options(options: CompareOptions) -> EvaluateOptions:
+    names = ("samples", "inception", "dinov2", "seed", "processes", "device")
+    return EvaluateOptions(run=Path(), **{name: getattr(options, name) for name in names})
+
+
+def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log, *, timed: bool) -> dict[str, Any]:
+    """What compare.json holds."""
+    from snowmelt.comparing.entry import entry_of
+    from snowmelt.comparing.verdict import verdict
+
+    data = runs[0].open_pictures()
+    with ledger.phase("encoder"):
+        spaces = _spaces(options, data, log)
+    entries: list[dict[str, Any]] = []
+    for number, run in enumerate(runs):
+        left = (options.seconds * AIM - ledger.total) / (len(runs) - number) if timed else None
+        with ledger.phase(f"measuring {run.path.name}"):
+            entries.append(entry_of(run, _evaluate_options(options), spaces, log, seconds=left))
+    about = runs[0].config.data
+    return {
+        "snowmelt": __version__,
+        "source": ", ".join(options.sources),
+        "seconds": options.seconds if timed else None,
+        "elapsed": round(ledger.total, 1),
+        "spent": {name: round(seconds, 1) for name, seconds in ledger.spent.items()},
+        "seed": options.seed,
+        "data": {
+            "size": about.size,
+            "channels": about.channels,
+            "classes": list(about.classes),
+            "train": len(data.train),
+            "held_out": len(data.held_out),
+            "fingerprint": about.fingerprint,
+        },
+        "runs": entries,
+        "verdict": verdict(entries),
+        "not_measured": _not_measured(entries),
+    }
+
+
+def _not_measured(entries: list[dict[str, Any]]) -> list[str]:
+    """Every reason why a number is missing, once."""
+    reasons = [figure["reason"] for entry in entries for figure in entry["quality"]["figures"] if figure["reason"]]
+    told = [sentence for entry in entries for sentence in entry["quality"]["not_measured"]]
+    missing = "" if any("trained" in entry["quality"]["spaces"] for entry in entries) else NO_TIME
+    return [sentence for sentence in dict.fromkeys([missing, *reasons, *told]) if sentence]
+
+
+def _write(out: Path, found: dict[str, Any]) -> Path:
+    """The report in all its forms; the page last."""
+    from snowmelt.comparing.page import comparison_markdown, comparison_page, comparison_png
+
+    (out / "sheets").mkdir(exist_ok=True)
+    for number, entry in enumerate(found["runs"]):
+        path = Path(entry["path"]).resolve()
+        entry["path"] = os.path.relpath(path, out.resolve())
+        entry["sheet"] = f"sheets/{number}-{entry['model']}.png"
+        write_atomic(out / entry["sheet"], (path / "evaluations" / "quality" / "samples.png").read_bytes())
+    write_atomic(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False))
+    write_atomic(out / "compare.png", comparison_png(out, found))
+    write_atomic(out / "report.md", comparison_markdown(found))
+    write_atomic(out / "report.html", comparison_page(out, found))
+    return out / "report.html"

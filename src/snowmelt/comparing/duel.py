@@ -1,0 +1,130 @@
+"""Training the models of a comparison: each in a process of its own, by the same command a person would type.
+
+    DATA (shared)   plan.json (the shares of the time, and what was spent)   vae/ gan/ diffusion/ (runs)
+
+All of it can be interrupted anywhere: what is done stays done, and a run that was under way continues.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snowmelt.comparing.budget import Shares
+from snowmelt.comparing.options import CompareOptions
+from snowmelt.errors import Stopped, UserError
+from snowmelt.files import write_atomic
+from snowmelt.run import Run, is_run
+from snowmelt.terminal import Log, words_of
+from snowmelt.training.signals import Stop
+
+POLL = 0.2
+"""Seconds between looks at a training process."""
+
+
+@dataclass
+class Ledger:
+    """What a comparison has decided and spent; kept in plan.json."""
+
+    path: Path
+    request: dict[str, Any]
+    """The options it was asked for with."""
+    shares: Shares | None = None
+    spent: dict[str, float] = field(default_factory=dict[str, float])
+    """Seconds by what they went to, over all interruptions."""
+
+    @staticmethod
+    def open(path: Path, request: dict[str, Any]) -> Ledger:
+        """The ledger at `path`, or a new one.
+
+        Raises:
+            UserError: it is damaged, or belongs to a comparison with other options.
+        """
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            shares = None if known["shares"] is None else Shares(**known["shares"])
+            ledger = Ledger(path, known["request"], shares, {name: float(s) for name, s in known["spent"].items()})
+        except FileNotFoundError:
+            return Ledger(path, request)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged; compare again with another --out.") from error
+        changed = sorted(name for name in request if ledger.request.get(name) != request[name])
+        if changed:
+            raise UserError(
+                f"{path.parent} was begun with other options ({', '.join(changed)}); repeat that command to continue "
+                "it, or choose another --out."
+            )
+        return ledger
+
+    def save(self) -> None:
+        """Write it down."""
+        about = {"request": self.request, "shares": self.shares and asdict(self.shares), "spent": self.spent}
+        write_atomic(self.path, json.dumps(about, indent=1))
+
+    @property
+    def total(self) -> float:
+        """Seconds spent so far."""
+        return sum(self.spent.values())
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Count the time of the block as spent on `name`, also when it is left early."""
+        begin, before = time.monotonic(), self.spent.get(name, 0.0)
+        try:
+            yield
+        finally:
+            self.spent[name] = before + time.monotonic() - begin
+            self.save()
+
+
+def train_models(options: CompareOptions, data: Path, ledger: Ledger, stop: Stop, log: Log) -> list[Run]:
+    """Every model trained to its end, one after the other.
+
+    Raises:
+        Stopped: a signal came; the model under way has saved itself.
+        UserError: a training ended with a mistake, which it has told.
+    """
+    assert ledger.shares is not None
+    runs: list[Run] = []
+    for family in options.families:
+        path = ledger.path.parent / family
+        if not (is_run(path) and Run.open(path).status().get("state") == "finished"):
+            log(f"Training {family} for {words_of(ledger.shares.each)}.")
+            with ledger.phase(family):
+                _train(_command(options, family, data, path, ledger.shares.each), path, stop)
+        runs.append(Run.open(path))
+    return runs
+
+
+def _command(options: CompareOptions, family: str, data: Path, path: Path, seconds: float) -> list[str]:
+    """The words after `snowmelt`."""
+    if is_run(path):
+        return ["train", "--resume", str(path), "--device", options.device]
+    words = ["train", str(data), "--model", family, "--for", f"{seconds:.1f}s", "--seed", str(options.seed)]
+    return [*words, *(["--flip"] if options.flip else []), "--device", options.device, "--out", str(path)]
+
+
+def _train(words: list[str], path: Path, stop: Stop) -> None:
+    process = subprocess.Popen([sys.executable, "-P", "-m", "snowmelt", *words])  # noqa: S603  our own command line
+    asked = False
+    while process.poll() is None:
+        if stop.requested and not asked:
+            # Ctrl-C reaches the whole group by itself; SIGTERM came to this process alone.
+            asked = True
+            process.terminate()
+        time.sleep(POLL)
+    if stop.requested:
+        raise Stopped(f"Everything is saved in {path.parent}; the same command continues.", stop.signal or 0)
+    if process.returncode:
+        raise UserError(
+            f"Training {path.name} ended early; mend what it said and repeat the command, or see "
+            f"`{shlex.join(['snowmelt', *words])}`."
+        )

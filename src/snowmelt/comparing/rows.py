@@ -1,0 +1,178 @@
+"""The facts of a comparison, row by row: what is told of every run, and who is ahead beyond chance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from snowmelt.pages.markup import number
+from snowmelt.pages.measures import ASPECTS, WORDS, Measure, interval, measures_of, percent
+from snowmelt.pages.reading import finite, table_of, tables, texts, whole
+
+PREFERRED = ("trained", "dinov2", "inception", "random")
+"""The space that the table shows: the first of these with a number."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is told of one run; plain text."""
+
+    value: str
+    interval: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fact of all runs; plain text."""
+
+    aspect: str
+    """quality, diversity, copies, cost or likelihood."""
+    title: str
+    about: str
+    cells: tuple[Cell, ...]
+    note: str = ""
+    """What the intervals say of it."""
+
+
+def runs_of(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs in their order."""
+    return tables(comparison.get("runs"))
+
+
+def name_of(run: dict[str, Any]) -> str:
+    """What the person calls a run."""
+    return str(run.get("name") or run.get("model") or "a run")
+
+
+def figures_of(run: dict[str, Any]) -> list[Measure]:
+    """What was measured of its pictures."""
+    return measures_of(table_of(run.get("quality")).get("figures"))
+
+
+def shown_space(comparison: dict[str, Any]) -> str:
+    """The feature space of the table."""
+    found = [one.space for run in runs_of(comparison) for one in figures_of(run) if one.value is not None]
+    spaces = [space for space in (*PREFERRED, *found) if space in found and space != "pixels"]
+    return spaces[0] if spaces else ""
+
+
+def pairs_measured(comparison: dict[str, Any]) -> list[tuple[str, str]]:
+    """(metric, space) of every figure that some run has a number for."""
+    found = [(one.metric, one.space) for run in runs_of(comparison) for one in figures_of(run) if one.value is not None]
+    return list(dict.fromkeys(found))
+
+
+def figure_of(run: dict[str, Any], metric: str, space: str) -> Measure | None:
+    """One figure of a run; None where it was not even tried."""
+    return next((one for one in figures_of(run) if (one.metric, one.space) == (metric, space)), None)
+
+
+def rows_of(comparison: dict[str, Any]) -> list[Row]:
+    """The table: quality, diversity, copies, costs and bits/dim."""
+    space, measured = shown_space(comparison), pairs_measured(comparison)
+    rows: list[Row] = []
+    for aspect, metrics in ASPECTS.items():
+        for metric in metrics:
+            places = [place for name, place in measured if name == metric]
+            if places:
+                rows.append(figure_row(comparison, aspect, metric, space if space in places else places[0]))
+    return [*rows, *_copies(comparison), *_costs(runs_of(comparison)), *_bits(runs_of(comparison))]
+
+
+def figure_row(comparison: dict[str, Any], aspect: str, metric: str, space: str) -> Row:
+    """One figure of all runs."""
+    runs = runs_of(comparison)
+    best, note = _verdict(comparison, metric, space)
+    found = [figure_of(run, metric, space) for run in runs]
+    cells = tuple(
+        Cell("–" if one is None or one.value is None else number(one.value))
+        if one is None or one.value is None
+        else Cell(number(one.value), interval(one.low, one.high), name_of(run) in best)
+        for run, one in zip(runs, found, strict=True)
+    )
+    first = next(one for one in found if one is not None)
+    better = {"lower": "lower is better", "higher": "higher is better"}.get(first.better, "")
+    about = "; ".join(part for part in (WORDS.get(metric, ""), better, _floor(found)) if part)
+    return Row(aspect, first.title, about, cells, note)
+
+
+def _floor(found: list[Measure | None]) -> str:
+    """What real pictures get, in words."""
+    floors = [one.floor for one in found if one is not None and one.floor is not None]
+    return f"real pictures get {number(sum(floors) / len(floors))}" if floors else ""
+
+
+def _verdict(comparison: dict[str, Any], metric: str, space: str | None) -> tuple[list[str], str]:
+    """The names that are best, where any is beyond chance, and a sentence."""
+    for entry in tables(table_of(comparison.get("verdict")).get("table")):
+        if entry.get("metric") == metric and (space is None or entry.get("space") == space):
+            order = entry.get("order")
+            groups = [texts(group) for group in order] if isinstance(order, list) else []
+            groups = [group for group in groups if group]
+            if len(groups) > 1:
+                return groups[0], ""
+            return [], "nobody is ahead beyond chance" if groups else ""
+    return [], ""
+
+
+def _copies(comparison: dict[str, Any]) -> list[Row]:
+    runs = runs_of(comparison)
+    found = [table_of(table_of(table_of(run.get("quality")).get("memorization")).get("copies")) for run in runs]
+    if not any(found):
+        return []
+    best, note = _verdict(comparison, "copies", None)
+    cells = [_share(one, name_of(run) in best) for run, one in zip(runs, found, strict=True)]
+    alarms = [value for one in found if (value := finite(one.get("false_alarms"))) is not None]
+    about = "share of drawn pictures that are a training picture over again; lower is better"
+    about += f"; the same test calls {percent(max(alarms))} of held-out pictures copies" if alarms else ""
+    return [Row("copies", "Copies", about, tuple(cells), note)]
+
+
+def _share(found: dict[str, Any], best: bool) -> Cell:
+    value, low, high = (finite(found.get(key)) for key in ("share", "low", "high"))
+    between = "" if low is None or high is None else f"{100 * low:.1f} to {percent(high)}"
+    return Cell(percent(value), between, best)
+
+
+def _costs(runs: list[dict[str, Any]]) -> list[Row]:
+    def cells(key: str, scale: float, unit: str) -> tuple[Cell, ...]:
+        found = [finite(run.get(key)) for run in runs]
+        return tuple(Cell("–" if one is None else f"{number(one * scale)} {unit}") for one in found)
+
+    return [
+        Row(
+            "cost",
+            "Seconds per picture",
+            "how long drawing one takes on this machine",
+            cells("seconds_per_picture", 1.0, "s"),
+        ),
+        Row("cost", "Training speed", "images learned from in a second", cells("images_per_second", 1.0, "/ s")),
+        Row("cost", "Memory", "of the process while training", cells("memory", 1 / 2**30, "GB")),
+        Row("cost", "Parameters", "numbers that the model has learned", _parameters(runs)),
+    ]
+
+
+def _parameters(runs: list[dict[str, Any]]) -> tuple[Cell, ...]:
+    return tuple(Cell(f"{whole(run.get('parameters')):,}" if run.get("parameters") else "–") for run in runs)
+
+
+def _bits(runs: list[dict[str, Any]]) -> list[Row]:
+    found = [table_of(run.get("bits_per_dim")) for run in runs]
+    if not any(found):
+        return []
+    cells = tuple(_bits_cell(one) for one in found)
+    whats = list(dict.fromkeys(str(one["what"]) for one in found if one.get("what")))
+    about = "bits needed for each value of a held-out picture, fewer are better"
+    about += f" ({'; '.join(whats)})" if whats else ""
+    note = "a model without probabilities, such as a GAN, has none" if not all(found) else ""
+    return [Row("likelihood", "Bits per dimension", about, cells, note)]
+
+
+def _bits_cell(found: dict[str, Any]) -> Cell:
+    mean, error = finite(found.get("mean")), finite(found.get("standard_error"))
+    if mean is None:
+        return Cell("not defined")
+    return Cell(
+        number(mean), "" if error is None else f"{number(mean - 1.96 * error)} to {number(mean + 1.96 * error)}"
+    )

@@ -1,0 +1,184 @@
+"""What the numbers of a comparison support, in sentences: no more than that.
+
+Two runs are told apart in a number when it differs by more than `RETRAINED` times what the intervals of both explain,
+
+    |a - b| > RETRAINED * sqrt(half_a^2 + half_b^2)
+
+because the intervals know only the chance in drawing. Training once more with another seed moves a Frechet distance
+about three times as much ("The FID Lottery", arXiv:2606.20536), and a verdict should outlive that.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import Any
+
+RETRAINED = 3.0
+DISTANCES = ("frechet", "kid", "patches")
+"""Metrics of how near the pictures are to real ones, as a whole."""
+VARIETY = ("recall", "coverage")
+NAMES = {"diffusion": "diffusion", "vae": "the VAE", "gan": "the GAN"}
+
+Run = dict[str, Any]
+"""One of the "runs" of a compare.json."""
+
+
+def verdict(runs: list[Run]) -> dict[str, Any]:
+    """The "verdict" of a compare.json: headline, sentences, and for each number the groups that are told apart."""
+    table = [row for metric, space in _measured(runs) if (row := _row(runs, metric, space))]
+    return {"headline": _headline(runs, table), "sentences": _sentences(runs, table), "table": table}
+
+
+def groups(values: dict[str, tuple[float, float]], *, better: str) -> list[list[str]]:
+    """Names from best to worst; those that are not told apart from the best of their group stand together.
+
+    Args:
+        values: by name, the value and half of the width of its interval.
+        better: "lower" or "higher".
+    """
+    left = sorted(values, key=lambda name: values[name][0], reverse=better == "higher")
+    found: list[list[str]] = []
+    while left:
+        best = left[0]
+        same = [name for name in left if not told_apart(values[best], values[name])]
+        found.append(same)
+        left = [name for name in left if name not in same]
+    return found
+
+
+def told_apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two values differ by more than chance in drawing and in training explains."""
+    return abs(one[0] - other[0]) > RETRAINED * math.hypot(one[1], other[1])
+
+
+def _figures(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(figure["metric"], figure["space"]): figure for figure in run["quality"]["figures"]}
+
+
+def _measured(runs: list[Run]) -> list[tuple[str, str]]:
+    """What every run has a number for."""
+    all_figures = [_figures(run) for run in runs]
+    keys = [key for key in all_figures[0] if all(key in figures for figures in all_figures)]
+    return [key for key in keys if all(figures[key]["value"] is not None for figures in all_figures)]
+
+
+def _row(runs: list[Run], metric: str, space: str) -> dict[str, Any]:
+    figures = {run["name"]: _figures(run)[metric, space] for run in runs}
+    first = figures[runs[0]["name"]]
+    values = {name: (one["value"], (one["high"] - one["low"]) / 2) for name, one in figures.items()}
+    order = groups(values, better=first["better"])
+    return {"metric": metric, "space": space, "title": first["title"], "order": order}
+
+
+def _headline(runs: list[Run], table: list[dict[str, Any]]) -> str:
+    """Who is nearest to the real pictures, where that can be said."""
+    rows = [row for row in table if row["metric"] in DISTANCES]
+    if not rows:
+        return "There were too few pictures to say which model is better."
+    tops = [row["order"][0] for row in rows]
+    best = [name for name in (run["name"] for run in runs) if all(name in top for top in tops)]
+    alone = [name for name in best if sum(top == [name] for top in tops) > len(rows) / 2]
+    if alone:
+        return f"{_upper(_called(runs, alone[0]))} draws the pictures nearest to yours."
+    if len(best) == len(runs):
+        return "No model is better than the others beyond chance."
+    if best:
+        return f"{_upper(_listed(runs, best))} {'is' if len(best) == 1 else 'are'} at the front by every distance."
+    firsts = sorted({name for top in tops for name in top})
+    return (
+        f"There is no single winner: by one distance or another {_listed(runs, firsts)} are nearest to your pictures."
+    )
+
+
+def _sentences(runs: list[Run], table: list[dict[str, Any]]) -> list[str]:
+    said = [
+        _about(runs, table, DISTANCES, "Nearness to real pictures"),
+        _about(runs, table, ("precision", "density"), "Single pictures that look real"),
+        _about(runs, table, VARIETY, "Variety of the real pictures that is covered"),
+        _classes(runs),
+        _copies(runs),
+        _speed(runs),
+        _bits(runs),
+        "Said is only what lies further apart than drawing and training again would move it; see the intervals below.",
+    ]
+    return [sentence for sentence in said if sentence]
+
+
+def _about(runs: list[Run], table: list[dict[str, Any]], metrics: tuple[str, ...], what: str) -> str:
+    """How often each of two runs is told to be better, over the numbers of a kind."""
+    rows = [row for row in table if row["metric"] in metrics]
+    if not rows:
+        return ""
+    parts: list[str] = []
+    for one, other in combinations([run["name"] for run in runs], 2):
+        wins = [_before(row, one, other) for row in rows]
+        for name, loser, count in ((one, other, wins.count(1)), (other, one, wins.count(-1))):
+            if count and not wins.count(-1 if name == one else 1):
+                parts.append(f"{_called(runs, name)} beats {_called(runs, loser)} in {count} of {len(rows)} numbers")
+        if wins.count(1) and wins.count(-1):
+            parts.append(f"{_called(runs, one)} and {_called(runs, other)} each win some")
+    return f"{what}: {'; '.join(parts) or 'nobody is ahead beyond chance'}."
+
+
+def _before(row: dict[str, Any], one: str, other: str) -> int:
+    """1 where `one` stands in a better group than `other`, -1 where in a worse one."""
+    place = {name: index for index, group in enumerate(row["order"]) for name in group}
+    return (place[one] < place[other]) - (place[one] > place[other])
+
+
+def _classes(runs: list[Run]) -> str:
+    shares = [(run, run["quality"].get("classes") or {}) for run in runs]
+    known = [(run, found["as_asked"]) for run, found in shares if found.get("as_asked")]
+    parts = [f"{share[0]:.0%} for {_called(runs, run['name'])}" for run, share in known]
+    return f"Pictures that are recognised as the class they were drawn as: {', '.join(parts)}." if parts else ""
+
+
+def _copies(runs: list[Run]) -> str:
+    found = {run["name"]: (run["quality"].get("memorization") or {}).get("copies") for run in runs}
+    known = {name: one for name, one in found.items() if one}
+    if not known:
+        return ""
+    guilty = [name for name, one in known.items() if one["low"] > max(0.01, one["false_alarms"])]
+    if not guilty:
+        return "Copies: no model draws more near-copies of training pictures than real pictures hold by chance."
+    shares = [f"{_called(runs, name)} ({known[name]['share']:.1%} of its pictures)" for name in guilty]
+    return f"Copies of training pictures: {', '.join(shares)}."
+
+
+def _speed(runs: list[Run]) -> str:
+    times = {run["name"]: run["seconds_per_picture"] for run in runs if run.get("seconds_per_picture")}
+    if len(times) < 2:
+        return ""
+    fast, slow = min(times, key=lambda name: times[name]), max(times, key=lambda name: times[name])
+    ratio = times[slow] / times[fast]
+    if ratio < 1.5:
+        return "Drawing takes about as long with each."
+    return f"Drawing: {_called(runs, fast)} is {ratio:,.0f} times as fast as {_called(runs, slow)}."
+
+
+def _bits(runs: list[Run]) -> str:
+    known = {run["name"]: run["bits_per_dim"] for run in runs if run.get("bits_per_dim")}
+    if not known:
+        return ""
+    parts = [
+        f"{_called(runs, name)} {bits['mean']:.2f} ± {1.96 * bits['standard_error']:.2f}"
+        for name, bits in known.items()
+    ]
+    return f"Bits/dim of held-out pictures, an upper bound and less is better: {', '.join(parts)}."
+
+
+def _called(runs: list[Run], name: str) -> str:
+    """How a run is called in a sentence: by its family where that is unambiguous."""
+    run = next(run for run in runs if run["name"] == name)
+    alone = [other["model"] for other in runs].count(run["model"]) == 1
+    return NAMES.get(str(run["model"]), str(run["model"])) if alone else name
+
+
+def _listed(runs: list[Run], names: list[str]) -> str:
+    words = [_called(runs, name) for name in names]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

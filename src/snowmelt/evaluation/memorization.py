@@ -1,0 +1,199 @@
+"""Does a model repeat its training pictures? Copies among its samples, and errors lower on training pictures.
+
+A sample is flagged as a copy where it is much nearer to a training picture than held-out pictures, which cannot be
+copies, ever are: where its ratio (`nearest.py`) is below 0.6 of the least of theirs (0.8 from 200 pictures on, one in
+200 left out), or where no region differs by 2 grey levels. Held-out pictures of which the latter is true (mirrored
+twins, the same drawing twice) say nothing about what is usual: they are set aside and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from snowmelt.errors import UserError
+from snowmelt.evaluation.nearest import Nearest, Pictures, averages, nearest_features, nearest_pixels
+from snowmelt.shapes import Features
+
+SAME = 2.0
+"""Grey levels; pictures that differ by less in every region are the same to the eye."""
+MARGINS = (0.6, 0.8)
+"""What part of the least usual ratio a copy's may have: of few held-out pictures, and of `MANY`."""
+MANY = 200
+MOST = 0.4
+"""A ratio above it is no copy's, whatever held-out pictures have."""
+LEAST = 20
+"""Held-out pictures needed."""
+PAIRS = 16
+_NORMAL = 1.959964
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Pictures to compare, and their features where they are to be compared too."""
+
+    pixels: Pictures
+    features: Features | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share in [0, 1] and its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A sample and the training picture it is nearest to."""
+
+    sample: int
+    training: int
+    """The row among the training pictures given."""
+    flipped: bool
+    ratio: float
+    distance: float
+    flagged: bool
+
+
+@dataclass(frozen=True)
+class Memorization:
+    """What the nearest training pictures say."""
+
+    samples: int
+    training: int
+    copies: Share
+    count: int
+    false_alarms: float
+    """The share of held-out pictures, without duplicates, that the same test flags."""
+    duplicates: int
+    """Held-out pictures that were set aside, since they are training pictures to the eye."""
+    closer: Share
+    """Samples nearer to a training picture than the median held-out picture is: 0.5 where nothing is copied."""
+    flagged: tuple[int, ...]
+    """The samples that are copies."""
+    pairs: tuple[Suspect, ...]
+    """The most suspicious, most suspicious first."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A mean error on training and on held-out pictures."""
+
+    name: str
+    train: float
+    held_out: float
+    difference: float
+    """held_out - train: above 0 where training pictures are known by heart."""
+    low: float
+    high: float
+
+
+def find_copies(samples: Searched, training: Searched, held_out: Searched) -> Memorization:
+    """Search the training pictures for every sample, in pixels and, where all three have them, in features.
+
+    A `UserError` for fewer than 20 held-out pictures, since they say how near is unusually near.
+    """
+    if len(held_out.pixels) < LEAST:
+        raise UserError(
+            f"Copies are told from what is usual by {LEAST} or more held-out pictures, and there are "
+            f"{len(held_out.pixels)}; prepare more pictures."
+        )
+    known = averages(training.pixels)
+    tests = [tuple(nearest_pixels(averages(side.pixels), known) for side in (samples, held_out))]
+    if samples.features is not None and training.features is not None and held_out.features is not None:
+        tests.append(tuple(nearest_features(side, training.features) for side in (samples.features, held_out.features)))
+    ours, theirs = tests[0]
+    usual = theirs.distance >= SAME
+    limits = [_limit(others.ratio[usual]) for _, others in tests]
+    suspicions = [some.ratio / limit for (some, _), limit in zip(tests, limits, strict=True)]
+    suspicion = torch.stack([*suspicions, ours.distance / SAME]).amin(0)
+    alarms = torch.stack([others.ratio < limit for (_, others), limit in zip(tests, limits, strict=True)]).any(0)[usual]
+    flagged = (suspicion < 1).nonzero()[:, 0].tolist()
+    return Memorization(
+        samples=len(samples.pixels),
+        training=len(training.pixels),
+        copies=wilson(len(flagged), len(suspicion)),
+        count=len(flagged),
+        false_alarms=alarms.double().mean().item() if len(alarms) else 0.0,
+        duplicates=int((~usual).sum().item()),
+        closer=_closer(ours, theirs),
+        flagged=tuple(flagged),
+        pairs=_suspects(ours, suspicion),
+    )
+
+
+def gaps(train: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> list[Gap]:
+    """Means of errors, one for each picture, by name, and their differences with Welch's 95 % intervals.
+
+    A `UserError` where a name is missing on one side or has fewer than two errors.
+    """
+    if train.keys() != held_out.keys():
+        raise UserError("Training and held-out pictures were measured at different levels; measure the same.")
+    return [_gap(name, train[name].double(), held_out[name].double()) for name in train]
+
+
+def wilson(count: int, total: int) -> Share:
+    """`count` of `total` with Wilson's interval, which is right for shares near 0 too."""
+    if not total:
+        return Share(0.0, 0.0, 1.0)
+    share, square = count / total, _NORMAL**2
+    middle = (share + square / (2 * total)) / (1 + square / total)
+    reach = _NORMAL / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
+    return Share(share, max(0.0, middle - reach) if count else 0.0, min(1.0, middle + reach) if count < total else 1.0)
+
+
+def _limit(ratios: Tensor) -> float:
+    """The ratio below which a picture is a copy, from those of held-out pictures."""
+    if not len(ratios):
+        return 1e-9
+    least = ratios.sort().values[len(ratios) // MANY].item()
+    return max(1e-9, min(MOST, MARGINS[len(ratios) >= MANY] * least))
+
+
+def _closer(ours: Nearest, theirs: Nearest) -> Share:
+    """How many are nearer than the median held-out picture; the interval knows that the median is an estimate too."""
+    share = (ours.distance < theirs.distance.median()).double().mean().item()
+    reach = _NORMAL * math.sqrt(share * (1 - share) / len(ours.distance) + 0.25 / len(theirs.distance))
+    return Share(share, max(0.0, share - reach), min(1.0, share + reach))
+
+
+def _suspects(ours: Nearest, suspicion: Float[Tensor, " samples"]) -> tuple[Suspect, ...]:
+    return tuple(
+        Suspect(
+            sample=sample,
+            training=int(ours.row[sample].item()),
+            flipped=bool(ours.flipped[sample].item()),
+            ratio=ours.ratio[sample].item(),
+            distance=ours.distance[sample].item(),
+            flagged=suspicion[sample].item() < 1,
+        )
+        for sample in suspicion.argsort(stable=True)[:PAIRS].tolist()
+    )
+
+
+def _gap(name: str, train: Tensor, held_out: Tensor) -> Gap:
+    if min(len(train), len(held_out)) < 2:
+        raise UserError(f"{name} was measured on fewer than two pictures; measure more.")
+    means = train.mean().item(), held_out.mean().item()
+    parts = train.var().item() / len(train), held_out.var().item() / len(held_out)
+    total = sum(parts)
+    below = parts[0] ** 2 / (len(train) - 1) + parts[1] ** 2 / (len(held_out) - 1)
+    reach = _student(total**2 / below) * math.sqrt(total) if below else 0.0
+    difference = means[1] - means[0]
+    return Gap(name, means[0], means[1], difference, difference - reach, difference + reach)
+
+
+def _student(freedom: float) -> float:
+    """The 97.5 % point of Student's t by Fisher's expansion; within 0.5 % from 4 degrees of freedom on."""
+    z, n = 1.959964, freedom
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3

@@ -1,0 +1,77 @@
+"""What makes reconstructions sharp, at a cost in likelihood: a critic of patches, and a distance between patches.
+
+The likelihood prefers a blurred picture to one whose details are in the wrong places; these do not. Neither needs a
+network that was trained elsewhere. (The critic as in Esser et al. 2021, arXiv:2012.09841; the distance as in
+Heitz et al. 2021, arXiv:2006.07229, on pixels.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from snowmelt.config import Config
+from snowmelt.device import Precision
+from snowmelt.models.optimizer import Optimizer
+from snowmelt.networks.autoencoder import PatchCritic
+from snowmelt.seeds import generator
+from snowmelt.shapes import Images, Level
+
+CRITIC = "critic weights/"
+CRITIC_STATE = "critic optimizer/"
+PATCH, PROJECTIONS = 5, 24
+"""Side of the patches of the patch term, and random directions they are looked at from in each update."""
+
+
+def patch_distance(images: Images, others: Images, rng: torch.Generator) -> Level:
+    """How unlike the patches of each picture are to those of the other one, wherever in it they are.
+
+    The sliced Wasserstein distance: patches are looked at from random directions, and their sorted values compared. A
+    blurred picture lacks the large values, so this sharpens, while the places of the details are left free.
+    """
+    shape = (PROJECTIONS, images.shape[1], PATCH, PATCH)
+    directions = torch.randn(shape, generator=rng, device=images.device)
+    # Without a mean: colours are the likelihood's matter.
+    directions = directions - directions.mean((2, 3), keepdim=True)
+    directions = directions / directions.flatten(1).norm(dim=1)[:, None, None, None]
+    one, other = (F.conv2d(x, directions).flatten(2).sort(dim=2).values for x in (images, others))
+    return (one - other).abs().mean()
+
+
+class Critic:
+    """The optional critic of patches: its weights, its optimizer, and what it thinks of reconstructions."""
+
+    def __init__(self, config: Config, precision: Precision) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(config.training.seed, "critic").initial_seed())
+            self.network = PatchCritic(config.data.channels).to(precision.device)
+        self.precision = precision
+        self.optimizer = Optimizer(self.network, config.training)
+
+    def opinion(self, images: Images) -> Tensor:
+        """High where patches look real."""
+        with self.precision.autocast():
+            return self.network(images).float()
+
+    def update(self, images: Images, others: Images, learning_rate: float) -> bool:
+        """One step of telling pictures from reconstructions, by the hinge loss; False when it was not finite."""
+        loss = F.relu(1 - self.opinion(images)).mean() + F.relu(1 + self.opinion(others.detach())).mean()
+        # What the decoder's own step left here.
+        self.network.zero_grad(set_to_none=True)
+        loss.backward()
+        return self.optimizer.step(learning_rate)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and optimizer, by names that begin as `CRITIC` and `CRITIC_STATE`."""
+        weights = {CRITIC + name: tensor for name, tensor in self.network.state_dict().items()}
+        return weights | {CRITIC_STATE + name: tensor for name, tensor in self.optimizer.tensors().items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        self.network.load_state_dict(_under(CRITIC, tensors))
+        self.optimizer.load(_under(CRITIC_STATE, tensors))
+
+
+def _under(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

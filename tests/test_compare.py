@@ -1,0 +1,216 @@
+"""Comparing: the verdict says what the intervals support, the time is shared alike, mistakes are one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from snowmelt.cli import run as cli
+from snowmelt.comparing.budget import AIM, samples_within, shares
+from snowmelt.comparing.duel import Ledger
+from snowmelt.comparing.verdict import RETRAINED, groups, told_apart, verdict
+from snowmelt.errors import UserError
+
+LOWER = ("frechet", "kid", "patches")
+
+
+def figure(metric: str, value: float | None, half: float = 0.1, space: str = "trained") -> dict:
+    return {
+        "metric": metric,
+        "title": metric,
+        "space": space,
+        "better": "lower" if metric in LOWER else "higher",
+        "value": value,
+        "low": None if value is None else value - half,
+        "high": None if value is None else value + half,
+        "reason": "" if value is not None else "There are too few pictures.",
+    }
+
+
+def entry(name: str, figures: list[dict], *, model: str = "", copies: float = 0.0, seconds: float = 0.01) -> dict:
+    found = {"share": copies, "low": max(0.0, copies - 0.01), "high": copies + 0.01, "false_alarms": 0.005}
+    return {
+        "name": name,
+        "model": model or name,
+        "quality": {"figures": figures, "classes": None, "memorization": {"copies": found}},
+        "seconds_per_picture": seconds,
+        "bits_per_dim": None,
+    }
+
+
+def three(diffusion: float, gan: float, vae: float, half: float = 0.1) -> list[dict]:
+    values = {"vae": vae, "gan": gan, "diffusion": diffusion}
+    return [entry(name, [figure(metric, value, half) for metric in LOWER]) for name, value in values.items()]
+
+
+def test_far_apart_is_ranked_and_near_is_not():
+    assert verdict(three(1, 5, 9))["table"][0]["order"] == [["diffusion"], ["gan"], ["vae"]]
+    # Half widths of 0.1 each: 1.96 standard errors of the difference are 0.14, and three times that is 0.42.
+    assert verdict(three(1.0, 1.4, 1.45))["table"][0]["order"] == [["diffusion", "gan"], ["vae"]]
+    assert told_apart((1.0, 0.1), (1.43, 0.1)) and not told_apart((1.0, 0.1), (1.42, 0.1))
+    assert RETRAINED == 3
+
+
+def test_more_is_better_where_it_is():
+    assert groups({"a": (0.2, 0.01), "b": (0.9, 0.01)}, better="higher") == [["b"], ["a"]]
+    assert groups({"a": (0.2, 0.01), "b": (0.9, 0.01)}, better="lower") == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        (three(1, 5, 9), "Diffusion draws the pictures nearest to yours."),
+        (three(5, 1, 9), "The GAN draws the pictures nearest to yours."),
+        (three(1, 1, 1), "No model is better than the others beyond chance."),
+        (three(1, 1, 9), "The GAN and diffusion are at the front by every distance."),
+        ([entry(n, [figure("frechet", None)]) for n in ("vae", "gan")], "too few pictures"),
+    ],
+)
+def test_the_headline_says_who_wins_or_that_nobody_does(runs, said):
+    assert said in verdict(runs)["headline"]
+
+
+def test_a_winner_by_one_distance_only_is_no_winner():
+    runs = [
+        entry("gan", [figure("frechet", 1), figure("kid", 9)]),
+        entry("diffusion", [figure("frechet", 9), figure("kid", 1)]),
+    ]
+    found = verdict(runs)
+    assert "no single winner" in found["headline"]
+    assert "the GAN and diffusion each win some" in found["sentences"][0]
+
+
+def test_two_runs_of_a_family_are_called_by_their_names():
+    runs = [
+        entry("small", [figure("frechet", 1)], model="diffusion"),
+        entry("large", [figure("frechet", 9)], model="diffusion"),
+    ]
+    assert verdict(runs)["headline"] == "Small draws the pictures nearest to yours."
+
+
+def test_copies_are_told_only_beyond_false_alarms():
+    clean, guilty = entry("vae", [figure("frechet", 1)]), entry("gan", [figure("frechet", 1)], copies=0.2)
+    assert any("Copies of training pictures: the GAN (20.0%" in said for said in verdict([clean, guilty])["sentences"])
+    assert any("no model draws more near-copies" in said for said in verdict([clean, clean])["sentences"])
+
+
+def test_missing_numbers_are_left_out_and_not_ranked():
+    runs = [
+        entry("vae", [figure("frechet", None), figure("kid", 1)]),
+        entry("gan", [figure("frechet", 1), figure("kid", 5)]),
+    ]
+    assert [row["metric"] for row in verdict(runs)["table"]] == ["kid"]
+
+
+def test_the_time_is_shared_alike_and_never_overspent():
+    for seconds in (240.0, 1800.0, 36_000.0):
+        for spent in (5.0, 60.0):
+            found = shares(seconds, spent, 3)
+            assert spent + 3 * found.each + found.measuring == pytest.approx(AIM * seconds)
+    with pytest.raises(UserError, match="too little of 180 s is left"):
+        shares(180.0, 80.0, 3)
+
+
+def test_fewer_pictures_are_drawn_where_time_is_short():
+    assert samples_within(1000.0, 0.01, 2000) == 2000
+    assert samples_within(100.0, 0.5, 2000) == 110
+    assert samples_within(1.0, 0.5, 2000) == 100, "below a hundred nothing could be said"
+    assert samples_within(1.0, 0.5, 50) == 50
+
+
+def test_the_ledger_keeps_what_was_spent_and_refuses_other_options(tmp_path):
+    ledger = Ledger.open(tmp_path / "plan.json", {"seed": 0})
+    with pytest.raises(KeyboardInterrupt), ledger.phase("vae"):
+        raise KeyboardInterrupt
+    ledger.shares = shares(1800.0, 10.0, 3)
+    ledger.save()
+    again = Ledger.open(tmp_path / "plan.json", {"seed": 0})
+    assert again.shares == ledger.shares and again.spent == ledger.spent and again.total > 0
+    with pytest.raises(UserError, match=r"other options \(seed\)"):
+        Ledger.open(tmp_path / "plan.json", {"seed": 1})
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged"):
+        Ledger.open(tmp_path / "plan.json", {"seed": 0})
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> dict[str, Path]:
+    """A few tiny finished runs of the built-in digits, one of them at another size."""
+    pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
+    folder = tmp_path_factory.mktemp("compare")
+    assert cli(["prepare", "builtin:digits", "--out", str(folder / "data"), "--size", "8"]) == 0
+    runs = {family: folder / family for family in ("vae", "gan", "diffusion")}
+    for family, path in runs.items():
+        words = ["train", str(folder / "data"), "--model", family, "--steps", "3", "--out", str(path)]
+        assert cli([*words, "--precision", "fp32"]) == 0
+    other = [
+        "train",
+        "builtin:digits",
+        "--size",
+        "16",
+        "--model",
+        "vae",
+        "--steps",
+        "2",
+        "--out",
+        str(folder / "other"),
+    ]
+    assert cli([*other, "--precision", "fp32"]) == 0
+    return runs | {"other": folder / "other", "data": folder / "data"}
+
+
+def unfinished(digits, tmp_path) -> Path:
+    path = tmp_path / "unfinished"
+    shutil.copytree(digits["vae"], path)
+    (path / "status.json").write_text(json.dumps({"state": "stopped"}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Name the pictures"),
+        (["RUN"], "One run alone is no comparison"),
+        (["RUN", "RUN"], "named twice"),
+        (["RUN", "OTHER"], "compare runs with pictures of one kind"),
+        (["RUN", "UNFINISHED"], "is not finished (stopped); finish it with `snowmelt train --resume"),
+        (["RUN", "DATA"], "is no run"),
+        (["RUN", "GAN", "--for", "10m"], "leave --for away"),
+        (["DATA", "--models", "vae,gam"], "did you mean 'gan'?"),
+        (["DATA", "--models", "vae,vae"], "names a model twice"),
+        (["DATA", "--for", "10s"], "too short to train and measure"),
+        (["DATA", "--for", "soon"], "is no duration"),
+        (["DATA", "--samples", "1"], "--samples is 1"),
+        (["DATA", "--size", "16"], "is prepared already; leave --size away"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(digits, tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    places = {"RUN": digits["vae"], "GAN": digits["gan"], "OTHER": digits["other"], "DATA": digits["data"]}
+    places["UNFINISHED"] = unfinished(digits, tmp_path) if "UNFINISHED" in words else tmp_path
+    before = sorted(tmp_path.rglob("*"))
+    assert cli(["compare", *(str(places.get(word, word)) for word in words)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_finished_runs_are_compared(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("SNOWMELT_CACHE", str(tmp_path / "cache"))
+    words = ["compare", *(str(digits[name]) for name in ("vae", "gan", "diffusion"))]
+    assert cli([*words, "--samples", "120", "--processes", "1", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [run["name"] for run in found["runs"]] == ["vae", "gan", "diffusion"]
+    for run in found["runs"]:
+        assert run["quality"]["samples"] == 120 and run["parameters"] > 1000 and run["steps"] == 3
+        assert (tmp_path / "out" / run["sheet"]).is_file()
+        assert run["over_time"][-1]["share"] == 1.0
+    # A GAN has no likelihood; the others have.
+    assert [run["bits_per_dim"] is None for run in found["runs"]] == [False, True, False]
+    assert found["verdict"]["headline"] and found["seconds"] is None
+    for name in ("report.html", "report.md", "compare.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000

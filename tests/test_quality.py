@@ -1,0 +1,148 @@
+"""Measuring a run: the same figures every time, whole or not at all, and for a model that only copies, the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from snowmelt.cli import run as cli
+from snowmelt.data.pixels import to_images
+from snowmelt.diffusion.walk import Step
+from snowmelt.evaluating import quality
+from snowmelt.evaluating.draw import Drawn, Order, draw
+from snowmelt.models.base import Drawing
+from snowmelt.models.vae import VAEModel
+from snowmelt.run import Run, lock
+
+pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
+
+SAMPLES = ["--samples", "100", "--processes", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A VAE of the digits after three steps: it draws at once, and grey."""
+    path = tmp_path_factory.mktemp("quality") / "run"
+    words = ["train", "builtin:digits", "--size", "8", "--model", "vae", "--steps", "3", "--precision", "fp32"]
+    assert cli([*words, "--out", str(path)]) == 0
+    return Run.open(path)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _cached(cache, monkeypatch):
+    monkeypatch.setenv("SNOWMELT_CACHE", str(cache))
+
+
+def figures(run: Run) -> dict:
+    return json.loads((run.path / "evaluations" / "quality" / "figures.json").read_text())
+
+
+def test_figures_say_what_they_are_and_repeat(run, capsys):
+    assert cli(["evaluate", str(run.path), "--spaces", "random", *SAMPLES]) == 0
+    said = capsys.readouterr()
+    assert "Drawing 100 pictures" in said.err and "takes about" in said.err, "the price is told before"
+    found = figures(run)
+    assert found["samples"] == 100 and found["reference"] == "all pictures", "180 held-out digits are too few"
+    names = {(figure["metric"], figure["space"]) for figure in found["figures"]}
+    assert {("frechet", "random"), ("kid", "random"), ("coverage", "random"), ("patches", "pixels")} <= names
+    for figure in found["figures"]:
+        assert (figure["value"] is None) == bool(figure["reason"])
+        if figure["value"] is not None:
+            assert figure["low"] <= figure["value"] <= figure["high"]
+    kid = next(figure for figure in found["figures"] if figure["metric"] == "kid")
+    assert kid["low"] > kid["floor_high"], "three steps of training draw nothing like a digit"
+    assert len(found["memorization"]["pairs"]) == 16
+    pairs = run.path / "evaluations" / "quality" / "pairs"
+    assert len(list(pairs.glob("*.png"))) == 32
+
+    assert cli(["evaluate", str(run.path), "--spaces", "random", *SAMPLES]) == 0
+    again = figures(run)
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+
+
+def test_any_number_of_processes_draws_the_same(run):
+    order = Order(str(run.path), "newest", Drawing(), 3, tuple(range(5, 135)), 64, "cpu")
+    alone, two = draw(order, 1), draw(order, 2)
+    # Another batch rounds differently: by one grey level at most.
+    assert np.abs(alone.pixels.astype(int) - two.pixels).max() <= 1
+    assert alone.labels is not None and two.labels is not None and (alone.labels == two.labels).all()
+    part = draw(dataclasses.replace(order, numbers=(20, 7)), 1)
+    assert np.abs(part.pixels.astype(int) - alone.pixels[[15, 2]]).max() <= 1, "a picture is its seed and number"
+
+
+def test_a_model_that_repeats_its_training_pictures_is_found_out(run, monkeypatch):
+    data = run.open_pictures()
+
+    def copying(self, noise, labels, drawing):
+        x = noise(0)
+        rows = data.train[(x.flatten(1)[:, 0].double().abs() * 1e6).long().numpy() % len(data.train)]
+        x0 = to_images(torch.from_numpy(np.ascontiguousarray(data.images[rows])))
+        yield Step(x, torch.tensor(-10.0), x0)
+
+    monkeypatch.setattr(VAEModel, "sample", copying)
+    assert cli(["evaluate", str(run.path), "--spaces", "random", *SAMPLES]) == 0
+    found = figures(run)["memorization"]
+    assert found["copies"]["low"] > 0.9 and found["copies"]["false_alarms"] <= 0.01
+    assert found["pairs"][0]["distance"] == 0
+    kid = next(figure for figure in figures(run)["figures"] if figure["metric"] == "kid")
+    assert kid["low"] < kid["floor_high"], "and its distances look perfect, which is why copies are counted"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--samples", "1"], "--samples is 1; give at least 2"),
+        (["--processes", "-1"], "--processes is -1"),
+        (["--spaces", "trianed"], "did you mean 'trained'?"),
+        (["--spaces", "dinov2"], "give their path with --dinov2"),
+        (["--inception", "nowhere.pth"], "nowhere.pth"),
+        (["--state", "7"], "There is no kept state"),
+        (["--state", "before"], "leave --state before away"),
+        (["--sampler", "ddmp"], "did you mean 'ddpm'?"),
+        (["--steps", "0"], "--steps is 0"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_change_nothing(run, capsys, words, said):
+    before = {path: path.stat().st_mtime for path in (run.path / "evaluations").rglob("*")}
+    assert cli(["evaluate", str(run.path), *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+    assert {path: path.stat().st_mtime for path in (run.path / "evaluations").rglob("*")} == before
+
+
+def test_a_run_still_training_is_refused(run, capsys):
+    run.write_status("training")
+    try:
+        with lock(run.path):
+            assert cli(["evaluate", str(run.path), *SAMPLES]) == 2
+        assert "is still training; wait for it" in capsys.readouterr().err
+    finally:
+        run.write_status("finished")
+
+
+def test_a_failure_leaves_the_earlier_figures(run, monkeypatch):
+    assert cli(["evaluate", str(run.path), "--spaces", "random", *SAMPLES]) == 0
+    before = figures(run)
+
+    def torn(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(quality, "save_png", torn)
+    with pytest.raises(OSError, match="No space"):
+        quality.measure_quality(run, quality.EvaluateOptions(run.path, samples=64, processes=1), [], print)
+    assert figures(run) == before
+
+
+def test_drawn_pictures_know_their_time(run):
+    drawn = draw(Order(str(run.path), "newest", Drawing(), 0, (0, 1), 64, "cpu"), 1)
+    assert isinstance(drawn, Drawn) and drawn.seconds > 0 and drawn.pixels.shape == (2, 8, 8, 1)
