@@ -18,6 +18,7 @@ LOWER = ("frechet", "kid", "patches")
 
 
 def figure(metric: str, value: float | None, half: float = 0.1, space: str = "trained") -> dict:
+    value = None if value is None else float(value)
     return {
         "metric": metric,
         "title": metric,
@@ -114,11 +115,13 @@ def test_the_time_is_shared_alike_and_never_overspent():
         shares(180.0, 80.0, 3)
 
 
-def test_fewer_pictures_are_drawn_where_time_is_short():
-    assert samples_within(1000.0, 0.01, 2000) == 2000
-    assert samples_within(100.0, 0.5, 2000) == 110
-    assert samples_within(1.0, 0.5, 2000) == 100, "below a hundred nothing could be said"
-    assert samples_within(1.0, 0.5, 50) == 50
+def test_fewer_pictures_are_drawn_where_time_is_short_and_as_many_of_each():
+    assert samples_within(1000.0, [0.001, 0.001, 0.01], 2000) == 2000
+    # 55 % of 600 s at 0.1 s a picture: 3,300, of which 900 are for the earlier states.
+    assert samples_within(600.0, [0.05, 0.05], 20_000) == 2400
+    assert samples_within(150.0, [0.05, 0.05], 2000) == 206, "a quarter of 825, as many of each state"
+    assert samples_within(1.0, [0.5], 2000) == 100, "below a hundred nothing could be said"
+    assert samples_within(1.0, [0.5], 50) == 50
 
 
 def test_the_ledger_keeps_what_was_spent_and_refuses_other_options(tmp_path):
@@ -185,7 +188,7 @@ def unfinished(digits, tmp_path) -> Path:
         (["DATA", "--for", "soon"], "is no duration"),
         (["DATA", "--samples", "1"], "--samples is 1"),
         (["DATA", "--size", "16"], "is prepared already; leave --size away"),
-        (["nowhere"], "nowhere"),
+        (["nowhere"], "There is nothing at nowhere"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(digits, tmp_path, capsys, monkeypatch, words, said):
@@ -202,7 +205,9 @@ def test_mistakes_are_one_sentence_and_leave_nothing(digits, tmp_path, capsys, m
 def test_finished_runs_are_compared(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("SNOWMELT_CACHE", str(tmp_path / "cache"))
     words = ["compare", *(str(digits[name]) for name in ("vae", "gan", "diffusion"))]
-    assert cli([*words, "--samples", "120", "--processes", "1", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        cli([*words, "--samples", "120", "--spaces", "random", "--processes", "1", "--out", str(tmp_path / "out")]) == 0
+    )
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["vae", "gan", "diffusion"]
     for run in found["runs"]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from snowmelt.errors import UserError
-from snowmelt.evaluation.memorization import LEAST, Searched, find_copies, gaps, wilson
+from snowmelt.evaluation.memorization import LEAST, Searched, find_copies, gaps
 from snowmelt.evaluation.nearest import averages, nearest_features, nearest_pixels
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -169,14 +169,6 @@ def test_few_pictures():
         find_copies(Searched(drawn(5, 0)), Searched(drawn(5, 1)), Searched(drawn(LEAST - 1, 2)))
     found = find_copies(Searched(drawn(1, 0)), Searched(drawn(1, 1)), Searched(drawn(LEAST, 2)))
     assert found.count == 0 and len(found.pairs) == 1
-
-
-def test_wilsons_interval():
-    """Of 10 in 100: 5.52 % to 17.44 % (Wilson 1927); of none in 100 at most 3.70 %."""
-    share = wilson(10, 100)
-    assert (share.low, share.high) == (pytest.approx(0.0552, abs=1e-4), pytest.approx(0.1744, abs=1e-4))
-    assert wilson(0, 100).low == 0 and wilson(0, 100).high == pytest.approx(0.0370, abs=1e-4)
-    assert wilson(100, 100).high == 1
 
 
 def test_gaps_are_those_of_welch():

@@ -88,7 +88,7 @@ def test_value_and_floor_are_of_the_same_counts():
     assert counts(1000, 200, 2000) == statistics.Counts(800, 200)
     assert counts(300, 5000, 2000) == statistics.Counts(150, 150)
     assert counts(50_000, 5000, 1000) == statistics.Counts(1000, 1000)
-    assert counts(1000, 200, 2000, same=True) == statistics.Counts(200, 200)
+    assert counts(1000, 200, 2000, same=True) == statistics.Counts(200, 200, True)
     sets = Sets(torch.arange(30.0)[:, None], torch.arange(20.0)[:, None], counts(30, 20, 1000), 0)
     for pair in (sets.draw(0), sets.split(0)):
         assert tuple(map(len, pair)) == (15, 15)

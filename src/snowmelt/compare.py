@@ -54,6 +54,8 @@ def compare(options: CompareOptions) -> Path:
     out = Path(options.out or Path("compare") / _name(options))
     runs = _alike([Run.open(Path(source)) for source in options.sources]) if finished else []
     _refuse_foreign(out)
+    if not finished:
+        _check_source(options)
     fresh = [parent for parent in (out, *out.parents) if not parent.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -82,7 +84,7 @@ def _request(options: CompareOptions) -> dict[str, Any]:
     asked = dataclasses.asdict(options)
     kept = {name: value for name, value in asked.items() if name not in PROCESS_OPTIONS}
     kept["sources"] = [one if one.startswith("builtin:") else str(Path(one).resolve()) for one in options.sources]
-    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def _refuse_mixture(options: CompareOptions) -> None:
@@ -92,6 +94,19 @@ def _refuse_mixture(options: CompareOptions) -> None:
     raise UserError(
         f"{others[0]} is no run; name one folder or archive of pictures to train models on, or finished runs only."
     )
+
+
+def _check_source(options: CompareOptions) -> None:
+    """Refuse pictures that are not there, and options that come too late for prepared ones."""
+    from snowmelt.data.prepared import is_prepared
+
+    source = options.sources[0]
+    if not source.startswith("builtin:") and not Path(source).exists():
+        raise UserError(f"There is nothing at {source}; name a folder, zip or tar of images, or finished runs.")
+    if is_prepared(Path(source)):
+        given = [name for name in DATA_OPTIONS if getattr(options, name) != getattr(CompareOptions, name)]
+        if given:
+            raise UserError(f"{source} is prepared already; leave --{given[0]} away.")
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -139,7 +154,7 @@ def _duel(options: CompareOptions, out: Path, ledger: Ledger, log: Log) -> list[
         data = _pictures(options, out)
     if ledger.shares is None:
         with ledger.phase("encoder"):
-            _spaces(options, data, log)
+            _spaces(options, data, log, timed=True)
         ledger.shares = shares(options.seconds, ledger.total, len(options.families))
         ledger.save()
     with catch_signals() as stop:
@@ -153,9 +168,6 @@ def _pictures(options: CompareOptions, out: Path) -> Prepared:
 
     source = Path(options.sources[0])
     if is_prepared(source):
-        given = [name for name in DATA_OPTIONS if getattr(options, name) != getattr(CompareOptions, name)]
-        if given:
-            raise UserError(f"{source} is prepared already; leave --{given[0]} away.")
         return open_prepared(source)
     if is_prepared(out / "data"):
         return open_prepared(out / "data")
@@ -163,37 +175,46 @@ def _pictures(options: CompareOptions, out: Path) -> Prepared:
     return prepare(PrepareOptions(source=options.sources[0], out=out / "data", **settings), console())
 
 
-def _spaces(options: CompareOptions, data: Prepared, log: Log) -> list[Space]:
+def _spaces(options: CompareOptions, data: Prepared, log: Log, *, timed: bool) -> list[Space]:
     """The feature spaces that there is time for."""
     from snowmelt.comparing.budget import ENCODER_SHARE
     from snowmelt.evaluating.quality import spaces_of
     from snowmelt.evaluation.features import expected_seconds
 
     evaluate = _evaluate_options(options)
-    if expected_seconds(data, ("trained",), 0) > ENCODER_SHARE * options.seconds:
+    if timed and expected_seconds(data, options.spaces, 0) > ENCODER_SHARE * options.seconds:
         log(NO_TIME)
-        evaluate = dataclasses.replace(evaluate, spaces=("random",))
+        left = tuple(name for name in options.spaces if name != "trained") or ("random",)
+        evaluate = dataclasses.replace(evaluate, spaces=left)
     return spaces_of(data, evaluate, log)
 
 
 def _evaluate_options(options: CompareOptions) -> EvaluateOptions:
-    names = ("samples", "inception", "dinov2", "seed", "processes", "device")
+    names = ("samples", "spaces", "inception", "dinov2", "seed", "processes", "device")
     return EvaluateOptions(run=Path(), **{name: getattr(options, name) for name in names})
 
 
 def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log, *, timed: bool) -> dict[str, Any]:
     """What compare.json holds."""
+    from snowmelt.comparing.budget import samples_within
     from snowmelt.comparing.entry import entry_of
     from snowmelt.comparing.verdict import verdict
+    from snowmelt.evaluating.draw import seconds_per_picture
+    from snowmelt.evaluating.quality import order_of
 
     data = runs[0].open_pictures()
     with ledger.phase("encoder"):
-        spaces = _spaces(options, data, log)
+        spaces = _spaces(options, data, log, timed=timed)
+    evaluate = _evaluate_options(options)
+    if timed:
+        with ledger.phase("measuring"):
+            each = [seconds_per_picture(order_of(run, evaluate), options.processes) for run in runs]
+        left = options.seconds * AIM - ledger.total
+        evaluate = dataclasses.replace(evaluate, samples=samples_within(left, each, options.samples))
     entries: list[dict[str, Any]] = []
-    for number, run in enumerate(runs):
-        left = (options.seconds * AIM - ledger.total) / (len(runs) - number) if timed else None
-        with ledger.phase(f"measuring {run.path.name}"):
-            entries.append(entry_of(run, _evaluate_options(options), spaces, log, seconds=left))
+    for run in runs:
+        with ledger.phase("measuring"):
+            entries.append(entry_of(run, evaluate, spaces, log))
     about = runs[0].config.data
     return {
         "snowmelt": __version__,

@@ -239,7 +239,7 @@ class GANConfig:
     """Squares of patch x patch pixels are one place of the largest map (1: pixels as they are)."""
     latents: int = 64
     """Random values that a picture is made from."""
-    gamma: float = 0.1
+    gamma: float = 0.2
     """Weight of the penalties on the critic's slope, at real and at generated pictures, over the distance from one
     picture to another: with more the networks are calmer and the pictures more varied, and details come later."""
     augment: float = 0.0
@@ -258,7 +258,7 @@ class GANConfig:
             if value > most:
                 raise UserError(f"A GAN with {value} {what} is too large to be built; give at most {most:,}.")
         if not 0 <= self.gamma < math.inf:
-            raise UserError(f"gan.gamma is {self.gamma}; give a number of at least 0, such as 0.1.")
+            raise UserError(f"gan.gamma is {self.gamma}; give a number of at least 0, such as 0.2.")
         if not 0 <= self.augment < 1:
             raise UserError(f"gan.augment is {self.augment}; give a probability from 0 to less than 1, such as 0.5.")
 

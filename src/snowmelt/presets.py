@@ -120,7 +120,7 @@ def _vae_training(data: DataConfig) -> TrainingConfig:
 
 
 def _gan_training(data: DataConfig) -> TrainingConfig:
-    # Small steps: at twice this rate the networks swing at first, and pictures of a class then stay more alike.
+    # Small steps and a long warm-up: else the two networks swing at first, and a class's pictures stay more alike.
     del data
     return TrainingConfig(batch=32, optimizer="adamw", learning_rate=1e-3, warmup=200)
 

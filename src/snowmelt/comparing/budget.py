@@ -22,6 +22,10 @@ ENCODER_SHARE = 0.12
 """Of the time that training an encoder may take; beyond that the random features must do."""
 OTHERS = 0.45
 """Share of the measuring that is not drawing: distances, copies, bits."""
+OVER_TIME, STATES = 300, 3
+"""Pictures drawn, at most, from each of so many earlier states of every model."""
+LEAST_SAMPLES = 100
+"""Below which nothing could be said."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ def shares(seconds: float, spent: float, models: int) -> Shares:
     return Shares(each, measuring)
 
 
-def samples_within(seconds: float, per_picture: float, most: int, *, least: int = 100) -> int:
-    """How many pictures of a model can be drawn and measured in `seconds`, up to `most`."""
-    return max(min(least, most), min(most, int((1 - OTHERS) * seconds / max(per_picture, 1e-9))))
+def samples_within(seconds: float, per_picture: list[float], most: int) -> int:
+    """How many pictures of every model, the same number for each, can be drawn and measured in `seconds`.
+
+    Args:
+        per_picture: seconds that a picture takes, of each model.
+        most: asked for; the answer is at least `LEAST_SAMPLES`, where so many are asked for.
+    """
+    possible = int((1 - OTHERS) * seconds / max(sum(per_picture), 1e-9))
+    earlier = STATES * OVER_TIME
+    count = possible - earlier if possible >= earlier + OVER_TIME else possible // (STATES + 1)
+    return min(most, max(LEAST_SAMPLES, count))

@@ -8,10 +8,10 @@ from statistics import median
 from typing import Any
 
 from snowmelt import checkpoint
-from snowmelt.comparing.budget import samples_within
+from snowmelt.comparing.budget import OVER_TIME
 from snowmelt.errors import UserError
 from snowmelt.evaluating.bits import measure_bits
-from snowmelt.evaluating.draw import draw, seconds_per_picture
+from snowmelt.evaluating.draw import draw
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import FOLDER, in_spaces, measure_quality, order_of
 from snowmelt.evaluation.features import Space
@@ -19,25 +19,14 @@ from snowmelt.files import write_atomic
 from snowmelt.run import Run
 from snowmelt.terminal import Log
 
-OVER_TIME = 500
-"""Pictures drawn from each earlier state."""
 OVER_TIME_METRICS = ("frechet", "kid")
 BITS = {"pictures": 64, "terms": 50, "ode_steps": 0}
 """Of a diffusion model: enough for a standard error of a hundredth, in less than a minute."""
 
 
-def entry_of(
-    run: Run, options: EvaluateOptions, spaces: list[Space], log: Log, *, seconds: float | None
-) -> dict[str, Any]:
-    """Measure `run` and return its part of a compare.json.
-
-    Args:
-        seconds: that drawing and measuring may take; fewer pictures are drawn where they do not suffice.
-    """
+def entry_of(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log) -> dict[str, Any]:
+    """Measure `run` and return its part of a compare.json."""
     options = dataclasses.replace(options, run=run.path, spaces=tuple(space.name for space in spaces))
-    each = seconds_per_picture(order_of(run, options), options.processes)
-    if seconds is not None:
-        options = dataclasses.replace(options, samples=samples_within(seconds, each, options.samples))
     quality = known_quality(run, options) or measure_quality(run, options, spaces, log)
     lines, status, config = run.metrics(), run.status(), run.config
     speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
@@ -69,7 +58,7 @@ def known_quality(run: Run, options: EvaluateOptions) -> dict[str, Any] | None:
         same = (
             known["weights"] == checkpoint.read_state(newest)["sha256"]["average"]
             and known["seed"] == options.seed
-            and known["samples"] >= options.samples
+            and known["samples"] == options.samples
             and known["drawing"] == order_of(run, options).drawing.as_dict()
             and {*options.spaces} <= {*known["spaces"]}
         )

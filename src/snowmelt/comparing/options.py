@@ -44,6 +44,8 @@ class CompareOptions:
     """Mirror half of the pictures: for things that have no left and right."""
     samples: int = 2000
     """Pictures drawn from each model to measure it; fewer where the time does not suffice."""
+    spaces: tuple[str, ...] = ("trained", "random")
+    """What sees the pictures: docs/features.md."""
     inception: Path | None = None
     """Inception-v3's weights of the usual FID, to measure in that space too."""
     dinov2: Path | None = None

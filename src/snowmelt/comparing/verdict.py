@@ -131,7 +131,9 @@ def _classes(runs: list[Run]) -> str:
     shares = [(run, run["quality"].get("classes") or {}) for run in runs]
     known = [(run, found["as_asked"]) for run, found in shares if found.get("as_asked")]
     parts = [f"{share[0]:.0%} for {_called(runs, run['name'])}" for run, share in known]
-    return f"Pictures that are recognised as the class they were drawn as: {', '.join(parts)}." if parts else ""
+    right = next((found["held_out_right"][0] for _, found in shares if found.get("held_out_right")), None)
+    real = f" (real pictures: {right:.0%})" if right is not None else ""
+    return f"Pictures that are recognised as the class they were drawn as: {', '.join(parts)}{real}." if parts else ""
 
 
 def _copies(runs: list[Run]) -> str:

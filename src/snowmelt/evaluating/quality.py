@@ -92,7 +92,7 @@ def measure_quality(run: Run, options: EvaluateOptions, spaces: list[Space], log
     figures = in_spaces(spaces, data, drawn, seed=options.seed)
     if spaces:
         figures += measure_patches(data.images[rows], drawn.pixels, seed=options.seed)
-    classes = recognised(data, rows, drawn.pixels, drawn.labels) if spaces else None
+    classes = _classes(data, rows, drawn, spaces, options)
     missing = list[str]()
     copies = None
     if "copies" in options.measure:
@@ -161,7 +161,7 @@ def in_spaces(
 
 
 def _pixels(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.array(array))
 
 
 def _copies(run: Run, data: Prepared, drawn: Drawn, spaces: list[Space], options: EvaluateOptions) -> dict[str, Any]:
@@ -186,6 +186,15 @@ def _copies(run: Run, data: Prepared, drawn: Drawn, spaces: list[Space], options
     about = dataclasses.asdict(found)
     about["copies"] |= {"count": about.pop("count"), "false_alarms": about.pop("false_alarms")}
     return about | {"pairs": pairs, "gap": [dataclasses.asdict(gap) for gap in _gaps(run, data, options)]}
+
+
+def _classes(
+    data: Prepared, rows: np.ndarray, drawn: Drawn, spaces: list[Space], options: EvaluateOptions
+) -> dict[str, Any] | None:
+    """Which classes the trained encoder recognises, where it is asked at all."""
+    if not any(space.name == "trained" for space in spaces):
+        return None
+    return recognised(data, rows, drawn.pixels, drawn.labels, device=pick_device(options.device))
 
 
 def _gaps(run: Run, data: Prepared, options: EvaluateOptions) -> list[Gap]:

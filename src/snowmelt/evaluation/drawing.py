@@ -40,8 +40,8 @@ def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
             field.name for field in fields(Drawing) if getattr(drawing, field.name) != getattr(plain, field.name)
         )
         raise UserError(
-            f"{run.path} holds a {run.config.model} model, which draws in a single step; leave --{name.replace('_', '-')} "
-            "away."
+            f"{run.path} holds a {run.config.model} model, which draws in a single step; "
+            f"leave --{name.replace('_', '-')} away."
         )
     if isinstance(model, DiffusionModel):
         model.grid(drawing)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from snowmelt.errors import UserError
 from snowmelt.evaluation.nearest import Nearest, Pictures, averages, nearest_features, nearest_pixels
+from snowmelt.evaluation.shares import Share, wilson
 from snowmelt.shapes import Features
 
 SAME = 2.0
@@ -39,15 +40,6 @@ class Searched:
 
     pixels: Pictures
     features: Features | None = None
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share in [0, 1] and its 95 % interval."""
-
-    share: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -138,16 +130,6 @@ def gaps(train: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> list[Ga
     if train.keys() != held_out.keys():
         raise UserError("Training and held-out pictures were measured at different levels; measure the same.")
     return [_gap(name, train[name].double(), held_out[name].double()) for name in train]
-
-
-def wilson(count: int, total: int) -> Share:
-    """`count` of `total` with Wilson's interval, which is right for shares near 0 too."""
-    if not total:
-        return Share(0.0, 0.0, 1.0)
-    share, square = count / total, _NORMAL**2
-    middle = (share + square / (2 * total)) / (1 + square / total)
-    reach = _NORMAL / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    return Share(share, max(0.0, middle - reach) if count else 0.0, min(1.0, middle + reach) if count < total else 1.0)
 
 
 def _limit(ratios: Tensor) -> float:

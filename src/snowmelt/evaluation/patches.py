@@ -63,9 +63,8 @@ def sliced_distance(real: Projections, fake: Projections) -> float:
 
 
 def _ranked(values: Projections) -> np.ndarray:
-    ordered = values.transpose(0, 1).flatten(1).numpy()
-    ordered.sort(axis=1)
-    return ordered
+    # A copy: where a transposition changes nothing, `flatten` would lend the caller's own memory to be sorted.
+    return np.sort(values.transpose(0, 1).flatten(1).numpy(), axis=1)
 
 
 def pyramid(images: Images) -> list[Tensor]:
