@@ -16,12 +16,12 @@ from snowmelt.config import (
     DiffusionConfig,
     TrainingConfig,
     UNetConfig,
-    from_table,
+    config_tables,
     read_config,
-    to_tables,
     to_toml,
 )
 from snowmelt.errors import UserError
+from snowmelt.tables import from_table
 
 FULL = Config(
     DataConfig(size=24, channels=3, classes=("a dog", 'qu"ote', "naïve"), std=0.1 + 0.2, fingerprint="ab"),
@@ -50,7 +50,7 @@ def test_what_is_written_is_read(tmp_path):
     read = read_config(written(tmp_path, to_toml(FULL)))
     # None is TOML's way of not being there, in the free-form request too.
     assert read.request == {"source": "photos", "size": 24, "nested": {"kept": [1, 2]}}
-    assert read == from_table(Config, to_tables(FULL), "") and read.training == FULL.training
+    assert read == from_table(Config, config_tables(FULL), "") and read.training == FULL.training
     assert (read.data, read.network, read.diffusion) == (FULL.data, FULL.network, FULL.diffusion)
 
 

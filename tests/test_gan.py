@@ -14,11 +14,12 @@ from conftest import stirred
 from snowmelt.config import Config, DataConfig, GANConfig, TrainingConfig
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
+from snowmelt.diffusion.editing import slerp
 from snowmelt.errors import UserError
 from snowmelt.models import build_learner, build_model
 from snowmelt.models.augment import AUGMENTATIONS, SHIFT, draw_change
 from snowmelt.models.base import Drawing
-from snowmelt.models.gan import GANLearner, GANModel, between
+from snowmelt.models.gan import GANLearner, GANModel
 from snowmelt.networks.adversarial import Critic, Generator, sizes
 from snowmelt.presets import MOST_AUGMENT, augment_for, preset
 from snowmelt.seeds import generator, noise_source
@@ -371,11 +372,11 @@ def test_the_way_between_two_pictures():
     assert len(columns) == 8 and all(column.shape == held_out.images.shape for column in columns)
     assert not torch.allclose(columns[0], columns[-1])
     first, last = torch.randn(2, 200, 512, generator=generator(0, "way"))
-    norms = between(first, last, 0.5).norm(dim=1) / math.sqrt(512)
+    norms = slerp(first, last, 0.5).norm(dim=1) / math.sqrt(512)
     # A straight line would pass at 0.71.
     assert (norms - 1).abs().max() < 0.15
-    torch.testing.assert_close(between(first, last, 0.0), first)
-    torch.testing.assert_close(between(first, last, 1.0), last)
+    torch.testing.assert_close(slerp(first, last, 0.0), first)
+    torch.testing.assert_close(slerp(first, last, 1.0), last)
 
 
 # ---- the dial, and mistakes

@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "snowmelt"
 LAYERS = (
-    {"errors", "shapes", "seeds", "files", "terminal", "config", "networks", "diffusion", "data", "device"},
+    {"errors", "shapes", "seeds", "files", "terminal", "tables", "config", "networks", "diffusion", "data", "device"},
     {"ema", "checkpoint", "models", "evaluation", "run", "pictures", "presets", "foreign", "pages"},
     {"training", "explaining", "edits", "reporting", "evaluating", "comparing"},
     {"prepare", "train", "sample", "edit", "evaluate", "explain", "exchange", "report", "compare"},

@@ -13,12 +13,13 @@ from snowmelt.cli import run as cli
 from snowmelt.config import Config, DataConfig, TrainingConfig, VAEConfig
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
+from snowmelt.diffusion.editing import slerp
 from snowmelt.diffusion.process import data_term
 from snowmelt.errors import UserError
 from snowmelt.models import build_learner, build_model
-from snowmelt.models.base import Drawing, Learner, Model, count_parameters
+from snowmelt.models.base import Drawing, Learner, Model, classes_of, count_parameters
 from snowmelt.models.sharpness import patch_distance
-from snowmelt.models.vae import Latents, VAELearner, VAEModel, between, classes_by_chance
+from snowmelt.models.vae import Latents, VAELearner, VAEModel
 from snowmelt.presets import check_size, preset, vae_for
 from snowmelt.run import Run
 from snowmelt.seeds import generator, noise_source
@@ -251,7 +252,7 @@ def test_a_picture_is_a_function_of_its_own_noise_and_class(vae):
 
 def test_without_labels_classes_are_drawn_as_often_as_they_are_trained_on():
     normal = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
-    share = (classes_by_chance(DATA, normal) == 1).float().mean()
+    share = (classes_of(DATA, normal) == 1).float().mean()
     # Four standard errors.
     assert share == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 20_000))
     assert next(model_of().sample(noise_for(3), None, Drawing())).x0.shape == (3, 1, 8, 8)
@@ -267,10 +268,10 @@ def test_a_model_without_classes_takes_none():
 def test_the_way_between_two_latents_keeps_their_length():
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.nn.functional.normalize(torch.randn(5, 6, generator=rng)) * 2 for _ in range(2))
-    assert torch.allclose(between(a, b, 0.0), a, atol=1e-5) and torch.allclose(between(a, b, 1.0), b, atol=1e-5)
-    assert torch.allclose(between(a, b, 0.3).norm(dim=1), torch.full((5,), 2.0), atol=1e-5)
-    assert torch.allclose(between(a, a, 0.5), a) and between(a, -a, 0.5).isfinite().all()
-    assert between(torch.zeros(1, 3), b[:1, :3], 0.5).isfinite().all()
+    assert torch.allclose(slerp(a, b, 0.0), a, atol=1e-5) and torch.allclose(slerp(a, b, 1.0), b, atol=1e-5)
+    assert torch.allclose(slerp(a, b, 0.3).norm(dim=1), torch.full((5,), 2.0), atol=1e-5)
+    assert torch.allclose(slerp(a, a, 0.5), a) and slerp(a, -a, 0.5).isfinite().all()
+    assert slerp(torch.zeros(1, 3), b[:1, :3], 0.5).isfinite().all()
 
 
 def test_shows_reconstructions_and_interpolations(trained):

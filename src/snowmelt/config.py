@@ -6,9 +6,10 @@ import dataclasses
 import math
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from snowmelt.errors import UserError, choose, nearest
+from snowmelt.errors import UserError, choose
+from snowmelt.tables import from_table, to_tables
 
 FORMAT = 1
 """Of run directories; a run with a higher one was written by a later version."""
@@ -337,92 +338,17 @@ class Config:
         return getattr(self, FAMILIES[self.model][0])
 
 
-Value = TypeVar("Value")
+def config_tables(config: Config) -> dict[str, Any]:
+    """A configuration as tables, without the sections that its family does not read."""
+    unread = {name for sections in FAMILIES.values() for name in sections} - set(FAMILIES[config.model])
+    return {name: table for name, table in to_tables(config).items() if name not in unread}
 
 
-def to_tables(value: Any) -> Any:
-    """A dataclass as TOML-ready tables; None, which TOML lacks, is left out, and so are sections that are not read."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        unread = _unread(value) if isinstance(value, Config) else set[str]()
-        names = [field.name for field in dataclasses.fields(value) if field.name not in unread]
-        pairs = ((name, getattr(value, name)) for name in names)
-        return {name: to_tables(item) for name, item in pairs if item is not None}
-    if isinstance(value, dict):
-        return {name: to_tables(item) for name, item in value.items() if item is not None}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _unread(config: Config) -> set[str]:
-    """The sections of the other families."""
-    return {section for sections in FAMILIES.values() for section in sections} - set(FAMILIES[config.model])
-
-
-def to_toml(value: Any) -> str:
-    """A dataclass as TOML text."""
+def to_toml(config: Config) -> str:
+    """A configuration as TOML text."""
     import tomli_w
 
-    return tomli_w.dumps(to_tables(value))
-
-
-def from_table(kind: type[Value], table: dict[str, Any], where: str) -> Value:
-    """A dataclass of `kind` from tables, read strictly: "8" is no number, 1 is no truth.
-
-    Raises:
-        UserError: an unknown key (naming the nearest one), a wrong type, a missing value; `where` names the file.
-    """
-    from cattrs import transform_error
-    from cattrs.errors import ClassValidationError
-
-    _refuse_unknown(kind, table, where)
-    try:
-        return _converter().structure(table, kind)
-    except ClassValidationError as error:
-        mistakes = [leaf for leaf in _leaves(error) if isinstance(leaf, UserError)]
-        reasons = "; ".join(map(str, mistakes)).rstrip(".") or "; ".join(transform_error(error))
-        raise UserError(f"{where} holds a value that does not fit: {reasons}.") from error
-
-
-def _converter() -> Any:
-    import cattrs
-
-    converter = cattrs.Converter()
-
-    def strict(accepted: tuple[type, ...], kind: type) -> None:
-        def structure(value: Any, _kind: Any) -> Any:
-            if type(value) not in accepted:
-                raise TypeError(f"{value!r} is no {kind.__name__}")
-            return kind(value)
-
-        converter.register_structure_hook(kind, structure)
-
-    for kind, accepted in ((bool, (bool,)), (int, (int,)), (float, (float, int)), (str, (str,))):
-        strict(accepted, kind)
-    converter.register_structure_hook_func(lambda kind: kind is Any, lambda value, _kind: value)
-    return converter
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    """The single mistakes in a group of groups."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for part in error.exceptions for leaf in _leaves(part)]
-    return [error]
-
-
-def _refuse_unknown(kind: Any, table: dict[str, Any], where: str) -> None:
-    """Unknown keys, and values that are not even of the right shape: tables for sections, lists for lists."""
-    import typing
-
-    hints = typing.get_type_hints(kind)
-    for key, value in table.items():
-        if key not in hints:
-            raise UserError(f"{where} has an unknown key {key!r}; {nearest(key, hints)}.")
-        section = dataclasses.is_dataclass(hints[key])
-        if section != isinstance(value, dict) and key != "request":
-            raise UserError(f"{where}: {key!r} must be {'a table' if section else 'a value, not a table'}.")
-        if typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
-            raise UserError(f"{where}: {key!r} must be a list.")
-        if section and isinstance(value, dict):
-            _refuse_unknown(hints[key], cast(dict[str, Any], value), where)
+    return tomli_w.dumps(config_tables(config))
 
 
 def read_config(path: Path) -> Config:

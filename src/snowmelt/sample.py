@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -141,7 +142,7 @@ def sample(options: SampleOptions) -> list[Path]:
 
 def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
     """Every picture asked for, in order."""
-    from snowmelt.evaluation.drawing import classes_by_chance
+    from snowmelt.evaluation.drawing import class_by_chance
 
     if options.levels and options.steps != SampleOptions.steps:
         raise UserError("--levels and --steps exclude each other; give one.")
@@ -159,8 +160,8 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
         raise UserError("--classes and --unconditional exclude each other; give one.")
     labels = {name: label for label, name in enumerate(names)}
     turn = [choose(labels, name, "class") for name in options.classes] or list(labels.values())
-    counts = run.config.data.counts or (1,) * len(names)
-    pick = classes_by_chance(counts) if options.unconditional and names else _in_turn(turn)
+    by_chance = partial(class_by_chance, run.config.data)
+    pick = by_chance if options.unconditional and names else _in_turn(turn)
     numbers = range(options.first, options.first + options.count)
     return [Wanted(seed, number, pick(seed, number)) for seed in options.seeds for number in numbers]
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from snowmelt import __version__
-from snowmelt.config import FAMILIES, Config, DataConfig, from_table, to_tables
+from snowmelt.config import FAMILIES, Config, DataConfig, config_tables
 from snowmelt.errors import UserError, choose, nearest
 from snowmelt.presets import DEFAULT_SECONDS, check_length, check_size, facts_of, preset
+from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def resolve(data: DataConfig, options: TrainOptions, overrides: dict[str, dict[s
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
-    tables = to_tables(dataclasses.replace(preset(data, options.model), version=__version__))
+    tables = config_tables(dataclasses.replace(preset(data, options.model), version=__version__))
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]

@@ -60,14 +60,14 @@ def cut(schedule: Schedule, strength: float) -> Schedule:
 # between noises
 
 
-def slerp(start: Images, end: Images, share: float) -> Images:
-    """The noise at `share` of the way from `start` (0) to `end` (1): each pair's angle and length change evenly.
+def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """(batch, ...) the noise at `share` of the way from `start` (0) to `end` (1): angles and lengths change evenly.
 
     A straight line would pass through noise that is too weak, by up to sqrt(2) half-way.
     """
     first, second = start.flatten(1), end.flatten(1)
     lengths = first.norm(dim=1, keepdim=True), second.norm(dim=1, keepdim=True)
-    first, second = first / lengths[0], second / lengths[1]
+    first, second = (rows / length.clamp(min=1e-12) for rows, length in zip((first, second), lengths, strict=True))
     # Of unit vectors, in the form that is exact for small and large angles alike (Kahan).
     angle = 2 * torch.atan2((first - second).norm(dim=1, keepdim=True), (first + second).norm(dim=1, keepdim=True))
     # sin(s angle) / sin(angle) -> s as the angle goes to 0

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from snowmelt.config import from_table, to_tables
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.workers import cores
 from snowmelt.device import make_precision, pick_device
-from snowmelt.evaluation.drawing import classes_by_chance, make_ready
+from snowmelt.evaluation.drawing import class_by_chance, make_ready
 from snowmelt.models.base import Drawing, Model
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
+from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import console
 
 FEWEST = 64
@@ -108,8 +108,7 @@ def labels_of(run: Run, order: Order) -> list[int] | None:
     data = run.config.data
     if not data.classes:
         return None
-    pick = classes_by_chance(data.counts or (1,) * len(data.classes))
-    return [pick(order.seed, number) for number in order.numbers]
+    return [class_by_chance(data, order.seed, number) for number in order.numbers]
 
 
 def _here(order: Order, advance: Callable[[int], None]) -> tuple[np.ndarray, float]:

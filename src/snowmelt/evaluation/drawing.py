@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +11,14 @@ import numpy as np
 import torch
 
 from snowmelt import checkpoint
+from snowmelt.config import DataConfig
 from snowmelt.data.pixels import to_images
 from snowmelt.diffusion.grids import log_snr_grid
 from snowmelt.diffusion.variance import Variance, analytic, noise_power
 from snowmelt.errors import UserError
 from snowmelt.files import write_atomic
 from snowmelt.models import build_model
-from snowmelt.models.base import Drawing, Model
+from snowmelt.models.base import Drawing, Model, classes_of
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.run import Run
 from snowmelt.seeds import generator
@@ -53,18 +53,9 @@ def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
         model.sampler(drawing, model.bind(None))
 
 
-def classes_by_chance(counts: tuple[int, ...]) -> Callable[[int, int], int]:
-    """(seed, number) -> a class for the picture, by chance, as often as the training pictures have it.
-
-    A picture of a random class is a picture without a given class, p(x) = sum_c p(c) p(x | c); it is better than what
-    the network draws when it is told nothing, which it has practised on a tenth of the pictures only.
-    """
-    shares = torch.tensor(counts, dtype=torch.float64)
-
-    def pick(seed: int, number: int) -> int:
-        return int(torch.multinomial(shares, 1, generator=generator(seed, "class", number)))
-
-    return pick
+def class_by_chance(data: DataConfig, seed: int, number: int) -> int:
+    """The class of a picture that is asked for without one, by its seed and number: see `classes_of`."""
+    return int(classes_of(data, torch.randn(1, generator=generator(seed, "class", number))))
 
 
 def early_model(run: Run, model: DiffusionModel) -> DiffusionModel:

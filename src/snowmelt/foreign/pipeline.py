@@ -22,12 +22,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from snowmelt import __version__
-from snowmelt.config import FORMAT, DataConfig, DiffusionConfig, UNetConfig, from_table, to_tables
+from snowmelt.config import FORMAT, DataConfig, DiffusionConfig, UNetConfig
 from snowmelt.errors import UserError
 from snowmelt.files import write_synced
 from snowmelt.foreign.betas import diffusion_of, scheduler_of
 from snowmelt.foreign.unet2d import Pictures, network_of, settings_of
 from snowmelt.networks.unet import UNet
+from snowmelt.tables import from_table, to_tables
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NOTES = "snowmelt.json"

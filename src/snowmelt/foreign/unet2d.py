@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from snowmelt.config import UNetConfig, from_table
+from snowmelt.config import UNetConfig
 from snowmelt.errors import UserError
+from snowmelt.tables import from_table
 
 DEFAULTS: dict[str, Any] = {
     "sample_size": None,

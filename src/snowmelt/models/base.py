@@ -13,10 +13,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from snowmelt.config import DataConfig
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.diffusion.walk import NoiseSource, Step
-from snowmelt.shapes import Features, Images, Labels
+from snowmelt.shapes import Features, Images, Labels, Levels
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,17 @@ def latents_of(noise: NoiseSource, count: int) -> Features:
         parts.append(noise(len(parts)).flatten(1))
         have += parts[-1].shape[1]
     return torch.cat(parts, dim=1)[:, :count]
+
+
+def classes_of(data: DataConfig, normal: Levels) -> Labels:
+    """A class for each standard normal number, as often as the training pictures have it.
+
+    A picture of a random class is a picture without a given class, p(x) = sum_c p(c) p(x | c); it is better than what
+    a network draws that is told nothing.
+    """
+    counts = torch.tensor(data.counts or (1,) * len(data.classes), dtype=torch.float64)
+    edges = (counts.cumsum(0) / counts.sum()).to(normal)[:-1]
+    return torch.bucketize(torch.special.ndtr(normal), edges, right=True)
 
 
 def count_parameters(*modules: nn.Module) -> int:

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from snowmelt.config import Config
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
+from snowmelt.diffusion.editing import slerp
 from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.models.augment import Change, draw_change
-from snowmelt.models.base import Drawing, Model, Update, count_parameters, latents_of
+from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, latents_of
 from snowmelt.models.optimizer import Optimizer, step_together
-from snowmelt.models.vae import classes_by_chance
 from snowmelt.networks.adversarial import Critic, Generator
 from snowmelt.seeds import generator
 from snowmelt.shapes import Features, Images, Labels, Levels
@@ -65,7 +65,7 @@ class GANModel(Model):
         classes = len(self.config.data.classes)
         if not classes:
             return None
-        drawn = classes_by_chance(self.config.data, chance)
+        drawn = classes_of(self.config.data, chance)
         return drawn if labels is None else torch.where(labels < classes, labels, drawn)
 
     def start(self, noise: NoiseSource, labels: Labels | None) -> tuple[Features, Labels | None]:
@@ -89,18 +89,8 @@ class GANModel(Model):
         labels = self.labels(values[:, 0], held_out.labels)
         first, last = values[:, 1 : count + 1], values[:, count + 1 :]
         with torch.no_grad():
-            way = [self.images(between(first, last, i / (COLUMNS - 1)), labels).clamp(-1, 1) for i in range(COLUMNS)]
+            way = [self.images(slerp(first, last, i / (COLUMNS - 1)), labels).clamp(-1, 1) for i in range(COLUMNS)]
         return {"interpolation": way}
-
-
-def between(first: Features, last: Features, share: float) -> Features:
-    """The point at `share` of the way on the arc from `first` to `last`, at distances that standard normals have.
-
-    (Spherical interpolation; White 2016, arXiv:1609.04468.)
-    """
-    cosine = F.cosine_similarity(first, last, dim=1).clamp(-1 + 1e-6, 1 - 1e-6)[:, None]
-    angle = cosine.acos()
-    return (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
 
 
 class Compared(NamedTuple):

@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from snowmelt.config import Config, DataConfig
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
+from snowmelt.diffusion.editing import slerp
 from snowmelt.diffusion.process import data_term, gaussian_kl
 from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.errors import choose
-from snowmelt.models.base import Drawing, Model, Update, count_parameters, latents_of
+from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, latents_of
 from snowmelt.models.optimizer import Optimizer
 from snowmelt.models.sharpness import CRITIC, CRITIC_STATE, Critic, patch_distance
 from snowmelt.networks.autoencoder import Autoencoder
@@ -260,7 +261,7 @@ class VAEModel(Model):
         start = noise(0)
         drawn = latents_of(noise, math.prod(self.shape) + 1)
         if labels is None and self.config.data.classes:
-            labels = classes_by_chance(self.config.data, drawn[:, -1])
+            labels = classes_of(self.config.data, drawn[:, -1])
         with torch.no_grad():
             latents = self.prior(labels, len(start)).draw(drawn[:, :-1].unflatten(1, self.shape))
             picture = self.pictured(latents, self.network.embed(labels, len(start)))
@@ -279,7 +280,7 @@ class VAEModel(Model):
         columns: list[Images] = []
         for share in torch.linspace(0, 1, COLUMNS).tolist():
             mean, log_variance, told = (x.lerp(x.roll(-1, 0), share) for x in (*prior, embedding))
-            latents = Latents(mean, log_variance).draw(between(ends, ends.roll(-1, 0), share))
+            latents = Latents(mean, log_variance).draw(slerp(ends, ends.roll(-1, 0), share))
             columns.append(self.pictured(latents, told))
         return {"reconstructions": [images, back], "interpolation": columns}
 
@@ -291,25 +292,6 @@ class VAEModel(Model):
         running(self.latent_means, means.mean((0, 2)), self.updates)
         running(self.latent_squares, (means**2).mean((0, 2)), self.updates)
         self.variance.observe(((guess.picture.clamp(-1, 1) - images) ** 2).mean(), self.updates)
-
-
-def between(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The point at `share` of the way on the sphere from `a` to `b`, lengths included, each a row of the batch."""
-    flat, other = a.flatten(1), b.flatten(1)
-    angle = F.cosine_similarity(flat, other)[:, None].clamp(-1, 1).arccos()
-    # Of vectors that point the same way, or against each other, the sines say nothing.
-    straight = (angle < 1e-3) | (angle > math.pi - 1e-3)
-    first, second = (torch.sin((1 - share) * angle), torch.sin(share * angle))
-    first = torch.where(straight, 1 - share, first / angle.sin())
-    second = torch.where(straight, share, second / angle.sin())
-    return (first * flat + second * other).view_as(a)
-
-
-def classes_by_chance(data: DataConfig, normal: Levels) -> Labels:
-    """A class for each standard normal number, as often as the training pictures have it."""
-    counts = torch.tensor(data.counts or (1,) * len(data.classes), dtype=torch.float64)
-    edges = (counts.cumsum(0) / counts.sum()).to(normal)[:-1]
-    return torch.bucketize(torch.special.ndtr(normal), edges, right=True)
 
 
 class VAELearner:
