@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snowmelt.config import (
@@ -54,6 +54,7 @@ def test_what_is_written_is_read(tmp_path):
     assert (read.data, read.network, read.diffusion) == (FULL.data, FULL.network, FULL.diffusion)
 
 
+@settings(deadline=None)
 @given(
     steps=st.none() | st.integers(1, 2**62),
     rate=st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False),

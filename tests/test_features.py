@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from snowmelt import files
 from snowmelt.data.pixels import to_images, to_pixels
+from snowmelt.data.prepared import spread_rows
 from snowmelt.errors import UserError
-from snowmelt.evaluation import cache, encoder, features
+from snowmelt.evaluation import cache, encoder, features, nearest
 from snowmelt.evaluation.cache import Published, fetched
 from snowmelt.evaluation.encoder import Lessons, blurred
 from snowmelt.evaluation.features import Space, expected_seconds, open_spaces, random_space, real_features
@@ -149,11 +150,67 @@ def test_wrong_weights_are_one_sentence(space, quick, tmp_path):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_damaged_inception_file_is_known_by_its_name(quick, tmp_path):
+class Tiny(torch.nn.Module):
+    """In the place of Inception-v3."""
+
+    dimension = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, images):
+        return images.mean((1, 2, 3))[:, None] * self.scale
+
+
+def test_weights_are_the_usual_ones_by_their_whole_digest_only(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "Inception", Tiny)
+    usual, other = tmp_path / "mine.safetensors", tmp_path / "other.safetensors"
+    save_file({"scale": torch.tensor([3.0, 4.0])}, usual)
+    save_file({"scale": torch.tensor([3.0, 5.0])}, other)
+    digest = hashlib.sha256(usual.read_bytes()).hexdigest()
+    monkeypatch.setattr(features, "INCEPTION", dataclasses.replace(features.INCEPTION, sha256=digest))
+    first, second = (opened(("inception",), inception=path)[0] for path in (usual, other))
+    assert first.about == "Inception-v3 of the usual FID"
+    assert second.about == "Inception-v3 with other weights than those of the usual FID"
+    assert first.identity != second.identity
+
+
+def test_the_published_name_with_another_digest_is_refused(quick, tmp_path):
+    """One that begins alike is another one too."""
     path = tmp_path / features.INCEPTION.name
     path.write_bytes(b"something else")
-    with pytest.raises(UserError, match="6726825d"):
+    with pytest.raises(UserError, match="another SHA-256") as caught:
         opened(("inception",), inception=path)
+    assert "6726825d" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rows_are_spread_over_all_of_them():
+    """Increasing, none twice, the first and the last among them, and gaps that differ by one at most."""
+    for count in (2, 3, 10, 99, 100, 101, 199, 5003):
+        for most in (2, 3, 7, 100, 101, 200):
+            rows = spread_rows(np.arange(count) * 3, most)
+            assert len(rows) == min(count, most) and rows[0] == 0 and rows[-1] == 3 * (count - 1)
+            gaps = np.diff(rows) // 3
+            assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+    assert not len(spread_rows(np.arange(0), 5)) and spread_rows(np.arange(4), 1).tolist() == [0]
+
+
+def test_real_pictures_are_read_in_parts(quick, monkeypatch):
+    """However many there are, and however large, about 16 MB are in the memory at a time."""
+    data, rows = dataset(40), np.arange(3, 33)
+    (space,) = opened(("random",))
+    wanted = space.features(data.images[rows])
+    monkeypatch.setattr(nearest, "_READ_BYTES", 8 * data.images[0].nbytes)
+    seen = list[int]()
+
+    def watched(pixels: np.ndarray) -> torch.Tensor:
+        seen.append(len(pixels))
+        return space.features(pixels)
+
+    found = real_features(dataclasses.replace(space, identity="watched", features=watched), data, rows)
+    assert seen == [8, 8, 8, 6]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)  # float32 sums in another order
 
 
 def test_no_network_names_the_option(quick, monkeypatch):

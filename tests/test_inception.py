@@ -156,6 +156,7 @@ def test_the_distance_is_that_of_torchmetrics(inception, tmp_path, monkeypatch):
     monkeypatch.setattr(network_module, "SIDE", 75)
     save_file(inception.state_dict(), tmp_path / "i.safetensors")
     (space,) = open_spaces(dataset(), ("inception",), inception=tmp_path / "i.safetensors", device=CPU, log=lambda t: 0)
+    assert "other weights than those of the usual FID" in space.about
     sets = [dataset(4, seed=seed).images for seed in (1, 2)]
 
     class Extractor(torch.nn.Module):
@@ -343,6 +344,43 @@ def test_damaged_files_are_one_sentence(name, tmp_path):
     with pytest.raises(UserError) as caught:
         read_weights(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+CHAIN = b"]q\x00]q\x01ah\x01]q\x02a"
+"""A list in a list, and then another in the inner one: so lists could be nested without any bound."""
+CRAFTED = {
+    "a tuple as a name": (b"})\x85K\x01s.", "names that are no text"),
+    "a tuple too deep to be hashed": (b"})" + b"\x85" * 300_000 + b"K\x01s.", "nested too deeply"),
+    "a list in itself": (b"]q\x00h\x00a.", "a part of itself"),
+    "a list that grows inside another": (CHAIN + b".", "a part of itself"),
+    "a dictionary in dictionaries": (b"}" * 30 + b"X\x01\x00\x00\x00a}" + b"s." * 30, "no tensor|not loaded|readable"),
+    "what would take years to be said": (b")" + b"q\x00h\x00\x86" * 19 + b")R.", "the call of tuple"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_pickles_are_refused_at_once(name, tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.ones(4, 6)}, path)
+    code, words = CRAFTED[name]
+    rewritten(path, lambda data: b"\x80\x02" + code)
+    with pytest.raises(UserError, match=words) as caught:
+        read_weights(path)
+    assert len(str(caught.value)) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_small_files_of_large_tensors_are_refused(zipped, tmp_path):
+    """Many names for the same numbers, each of which becomes a tensor of its own; a few are usual."""
+    path, numbers = tmp_path / "w.pth", torch.arange(100_000.0)
+    torch.save({f"n{number}": numbers for number in range(4)}, path, _use_new_zipfile_serialization=zipped)
+    assert len(read_weights(path)) == 4
+    torch.save({f"n{number}": numbers for number in range(30)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="much larger than the file"):
+        read_weights(path)
+    torch.save({"a": torch.ones((1,) * 20)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="20 dimensions"):
+        read_weights(path)
 
 
 def test_compressed_parts_are_refused(tmp_path):

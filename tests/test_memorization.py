@@ -14,8 +14,9 @@ from PIL import Image
 from torch import nn
 
 from snowmelt.errors import UserError
-from snowmelt.evaluation.memorization import LEAST, Searched, find_copies, gaps
-from snowmelt.evaluation.nearest import averages, nearest_features, nearest_pixels
+from snowmelt.evaluation import nearest
+from snowmelt.evaluation.memorization import LEAST, Searched, _limit, find_copies, gaps
+from snowmelt.evaluation.nearest import Rows, averages, nearest_features, nearest_pixels
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 RNG = np.random.default_rng(0)
@@ -66,13 +67,12 @@ def check(pictures: np.ndarray, held_out: int, share: float) -> None:
         assert hits > 0.95 * count, (name, hits, count)
         assert found.count - hits < 0.01 * len(new), (name, found.count - hits)
         assert found.copies.low <= found.copies.share <= found.copies.high
-        assert found.false_alarms < 0.01
+        assert found.false_alarms * found.held_out <= 3, "1 % of 300"
 
 
-@pytest.mark.parametrize("held_out", [50, 300])
-@pytest.mark.parametrize("share", [0.01, 0.1])
+@pytest.mark.parametrize(("held_out", "share"), [(50, 0.01), (300, 0.1)])
 def test_planted_copies_of_drawn_pictures_are_found(held_out, share):
-    check(drawn(1700, 0), held_out, share)
+    check(drawn(1200, 0), held_out, share)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,10 @@ def real_pictures(tmp_path_factory) -> Callable[[str], np.ndarray]:
         folder = tmp_path_factory.mktemp(name)
         with zipfile.ZipFile(source) as archive:
             names = [member for member in archive.namelist() if member.endswith((".png", ".jpg", ".jpeg"))]
-            archive.extractall(folder / "some", names[:: max(1, len(names) // 1600)])
+            archive.extractall(folder / "some", names[:: max(1, len(names) // 1200)])
         options = PrepareOptions(source=str(folder / "some"), out=folder / "prepared", size=32, workers=1)
         images = prepare(options, Console(file=io.StringIO())).images
-        return np.asarray(images)[np.random.default_rng(1).permutation(len(images))[:1600]]
+        return np.asarray(images)[np.random.default_rng(1).permutation(len(images))[:1200]]
 
     return pictures
 
@@ -124,6 +124,32 @@ def test_the_nearest_features_are_the_nearest():
     assert torch.equal(found.row, rows[:, 0])
     assert torch.allclose(found.ratio.double(), known[:, 0] / known[:, 1:51].mean(1), rtol=1e-4)
 
+    mirrored = torch.randn(9, 6, generator=rng) + 30
+    straight, other = (torch.cdist(side.double(), training.double()) for side in (features, mirrored))
+    known, rows = torch.minimum(straight, other).sort(dim=1)
+    found = nearest_features(features, training, mirrored)
+    assert torch.equal(found.row, rows[:, 0])
+    assert torch.allclose(found.ratio.double(), known[:, 0] / known[:, 1:51].mean(1), rtol=1e-4)
+    assert torch.equal(found.flipped, straight.amin(1) > known[:, 0])
+    assert 0 < found.flipped.sum() < 9
+
+
+def test_pictures_are_read_and_compared_in_parts(monkeypatch):
+    """As many at a time as the memory holds, whatever their number; the answers are those of all at once."""
+    images, rows = drawn(90, 0), np.arange(2, 82, 2)
+    wanted, pictures = averages(images[rows]), averages(drawn(20, 1))
+    found = nearest_pixels(pictures, wanted), nearest_features(pictures.flatten(1), wanted.flatten(1))
+    assert nearest._at_once(10_000) == 128 and 1 < nearest._at_once(1_000_000) <= 2**28 / 12e6
+    monkeypatch.setattr(nearest, "_READ_BYTES", 7 * images[0].nbytes)
+    monkeypatch.setattr(nearest, "_MATRIX_BYTES", 3 * 12 * len(rows))
+    seen = list[int]()
+    monkeypatch.setattr(Rows, "__getitem__", lambda some, part: seen.append(1) or some.images[some.rows[part]])
+    assert torch.equal(averages(Rows(images, rows)), wanted) and len(seen) == 6
+    again = nearest_pixels(pictures, wanted), nearest_features(pictures.flatten(1), wanted.flatten(1))
+    for one, other in zip(found, again, strict=True):
+        assert torch.equal(one.row, other.row) and torch.equal(one.flipped, other.flipped)
+        assert torch.allclose(one.ratio, other.ratio)
+
 
 def test_copies_that_only_features_see_are_found():
     """Shifted pictures: no pixel is where it was, but an encoder sees the same."""
@@ -135,21 +161,52 @@ def test_copies_that_only_features_see_are_found():
         Searched(pixels, features)
         for pixels, features in zip((new, training, held_out), (seen[1], seen[0], seen[2]), strict=True)
     ]
-    assert set(find_copies(*sides).flagged) == {0, 1, 2, 3, 4}
+    found = find_copies(*sides)
+    assert set(found.flagged) == {0, 1, 2, 3, 4}
+    assert {(pair.sample, pair.training) for pair in found.pairs[:5]} == {(row, row) for row in range(5)}
+    assert not any(pair.flipped for pair in found.pairs[:5])
     assert find_copies(*(Searched(side.pixels) for side in sides)).count == 0
+
+
+def test_mirrored_copies_that_only_features_see_are_found():
+    training, new, held_out = drawn(300, 0), drawn(100, 1), drawn(100, 2)
+    rng = torch.Generator().manual_seed(0)
+    known, mine, mine_mirrored, theirs, theirs_mirrored = (
+        torch.randn(count, 16, generator=rng) for count in (300, 100, 100, 100, 100)
+    )
+    mine_mirrored[:5] = known[:5] + 0.01
+    blind = Searched(new, mine), Searched(training, known), Searched(held_out, theirs)
+    seeing = Searched(new, mine, mine_mirrored), blind[1], Searched(held_out, theirs, theirs_mirrored)
+    assert find_copies(*blind).count == find_copies(seeing[0], *blind[1:]).count == 0, "for both or for neither"
+    found = find_copies(*seeing)
+    assert set(found.flagged) == {0, 1, 2, 3, 4}
+    assert {(pair.sample, pair.training, pair.flipped) for pair in found.pairs[:5]} == {
+        (row, row, True) for row in range(5)
+    }
+
+
+def test_false_alarms_are_those_of_pictures_that_set_no_limit():
+    """A tenth of the held-out pictures are brighter training pictures, all in the same half: every one is an alarm,
+    though the limits that all of them set together flag none."""
+    training, held_out = drawn(600, 0), drawn(100, 2)
+    held_out[1:20:2] = np.clip(training[:10].astype(int) + 6, 0, 255)
+    found = find_copies(Searched(drawn(100, 1)), Searched(training), Searched(held_out))
+    assert (found.duplicates, found.held_out, found.false_alarms) == (0, 100, 0.1)
+    ratios = nearest_pixels(averages(held_out), averages(training)).ratio
+    assert _limit(ratios) < ratios.min()
 
 
 def test_a_model_that_copies_nothing_is_as_close_as_held_out_pictures():
     """The 95 % interval of the share holds 0.5 in 3 of 4 draws at least; fewer have a chance of 1.4 % (binomial)."""
     held = 0
     for seed in range(1, 5):
-        found = find_copies(Searched(drawn(400, seed)), Searched(drawn(800, 0)), Searched(drawn(400, seed + 20)))
+        found = find_copies(Searched(drawn(250, seed)), Searched(drawn(400, 0)), Searched(drawn(250, seed + 20)))
         assert found.count == 0
         held += found.closer.low < 0.5 < found.closer.high
     assert held >= 3
     assert len(found.pairs) == 16
     assert [pair.ratio for pair in found.pairs] == sorted(pair.ratio for pair in found.pairs)
-    copies = find_copies(Searched(drawn(800, 0)[:100]), Searched(drawn(800, 0)), Searched(drawn(400, 2)))
+    copies = find_copies(Searched(drawn(400, 0)[:100]), Searched(drawn(400, 0)), Searched(drawn(250, 2)))
     assert copies.copies.share == copies.closer.share == 1
 
 
@@ -158,9 +215,11 @@ def test_held_out_twins_are_set_aside():
     training, held_out = drawn(600, 0), drawn(100, 2)
     held_out[:10] = training[:10, :, ::-1]
     found = find_copies(
-        Searched(np.concatenate([noisy(training[50:60]), drawn(90, 1)])), Searched(training), Searched(held_out)
+        Searched(np.concatenate([noisy(training[50:60]), drawn(90, 1)])),
+        Searched(Rows(training, np.arange(len(training)))),
+        Searched(held_out),
     )
-    assert found.duplicates == 10
+    assert (found.duplicates, found.held_out) == (10, 90)
     assert found.flagged == tuple(range(10))
 
 

@@ -10,11 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snowmelt.comparing.page import comparison_markdown, comparison_page, comparison_png
-from snowmelt.comparing.rows import rows_of
+from snowmelt.comparing.page import comparison_markdown, comparison_page, comparison_png, reasons_of
+from snowmelt.comparing.rows import firsts, rows_of
+from snowmelt.comparing.verdict import RETRAINED
 from snowmelt.pages.charts import LIGHT, Line, lines_chart, svg
 from snowmelt.pages.markup import details, fill, number, plain
-from snowmelt.pages.measures import Measure, bar, common_reason
+from snowmelt.pages.measures import (
+    Measure,
+    bar,
+    common_reason,
+    drawing_words,
+    learned_from,
+    share_words,
+    time_words,
+    twins_share,
+)
 from snowmelt.pages.reading import embedded, finite, opened, or_reason, read_json
 from snowmelt.pages.shell import Page, document, is_made_by
 
@@ -59,6 +69,7 @@ def run_of(name: str, value: float, **more) -> dict:
     ]
     copies = {"share": 0.013, "low": 0.004, "high": 0.031, "count": 13, "false_alarms": 0.002}
     memorization = {"samples": 1000, "training": 5000, "copies": copies, "closer": {"share": 0.51}, "pairs": []}
+    memorization |= {"duplicates": 8, "held_out": 392}
     spaces = {"trained": {"about": "An encoder.", "dimension": 64}}
     quality = {"samples": 500, "real": 400, "reference": "held-out pictures", "figures": figures, "spaces": spaces}
     moments = [{"share": s, "seconds": 60 * s, "figures": [measure(value=value / s)]} for s in (0.5, 1.0)]
@@ -180,6 +191,25 @@ def test_a_bar_lies_where_its_numbers_are():
     assert Measure.of({"value": "seven", "samples": None, "title": 3}).value is None
 
 
+def test_words_of_what_was_measured():
+    assert drawing_words({}) == "in a single step" and drawing_words(None) == ""
+    assert drawing_words({"sampler": "unipc", "steps": 15, "guide": ""}) == "with sampler unipc, steps 15"
+    assert (time_words(0.0123), time_words(0.5)) == ("12.3 ms", "0.500 s")
+    # 4 of 96 held-out pictures that are no twins, and 4 that are: 4 of 100.
+    assert twins_share({"duplicates": 4, "held_out": 96}) == 0.04
+    assert twins_share({}) is None and twins_share({"duplicates": 0, "held_out": 0}) is None
+    assert share_words({"share": 0.013, "low": 0.004, "high": 0.031}) == ("1.3 %", "0.4 to 3.1 %")
+
+
+def test_it_is_said_where_the_reference_was_learned_from():
+    quality = run_of("one", 4.5)["quality"]
+    assert learned_from(quality) == ""
+    quality["spaces"]["trained"]["reference"] = "all pictures"
+    said = learned_from(quality)
+    assert "all pictures (seen by an encoder trained on these pictures), most of which were learned from" in said
+    assert "all pictures, most" in learned_from(quality | {"reference": "all pictures"}), "all spaces alike"
+
+
 # the comparison
 
 
@@ -187,7 +217,9 @@ def test_the_comparison_says_what_its_numbers_say(tmp_path, comparison):
     text = comparison_page(tmp_path, comparison).decode()
     assert "<h1>The best is one.</h1>" in text and "It is best by far." in text
     assert text.index("The best is one.</h1>") < text.index("See for yourself") < text.index("In numbers")
-    numbers = "4.50|4.25 to 4.75|9.25|1.3 %|0.4 to 3.1 %|0.012 s|41.5 / s|1,234,567|3.21|4,928|10:00"
+    numbers = (
+        "4.50|4.25 to 4.75|9.25|1.3 %|0.4 to 3.1 %|12.3 ms|41.5 / s|1,234,567|3.21|4,928|10:00|2.0 %|in a single step"
+    )
     for value in (*numbers.split("|"), "not defined", "Nobody looked at smells.", "The weights are not here."):
         assert value in text, value
     assert text.count("★ best") == 1, "one is best by the one number in which the verdict tells them apart"
@@ -196,14 +228,41 @@ def test_the_comparison_says_what_its_numbers_say(tmp_path, comparison):
     assert len(ids) == len(set(ids))
     links = re.findall(r'(?:src|href)="([^"]*)"', text)
     assert links and all(link.startswith(("data:image/", "#")) for link in links)
+    assert "No distance can honestly be below it" in text
+    assert f"more than {RETRAINED:g} times what chance in drawing explains" in text and "not measured here" in text
 
 
 def test_a_tie_is_no_victory(comparison):
     tied = comparison_of(*comparison["runs"], order=[["one", "two"]])
     row = rows_of(tied)[0]
     assert not any(cell.best for cell in row.cells) and row.note == "nobody is ahead beyond chance"
+    lacking = {**comparison["runs"][1], "name": "three"}
+    lacking["quality"] = {"figures": [without_number("frechet", "trained", "Too few.")]}
+    row = rows_of(comparison_of(*comparison["runs"], lacking, order=[["one"], ["two"]]))[0]
+    assert not any(cell.best for cell in row.cells) and "not every one has a number" in row.note
     three = comparison_of(*comparison["runs"], run_of("three", 20.0), order=[["one", "two"], ["three"]])
     assert [cell.best for cell in rows_of(three)[0].cells] == [True, True, False]
+
+
+def test_classes_have_rows_where_they_were_recognised(comparison):
+    classes = {"as_asked": [0.79, 0.776, 0.812], "held_out_right": [0.98, 0.97, 0.99], "distance": 0.056}
+    comparison["runs"][0]["quality"]["classes"] = classes
+    comparison["runs"][1]["quality"]["classes"] = {"as_asked": None, "distance": None, "reason": "Too blurred."}
+    recognised, balance = (row for row in rows_of(comparison) if row.aspect == "classes")
+    assert [cell.value for cell in recognised.cells] == ["79.0 %", "–"] and "98.0 % are" in recognised.about
+    assert recognised.cells[0].interval == "77.6 to 81.2 %" and balance.cells[0].value == "5.6 %"
+
+
+def test_who_is_at_the_front(comparison):
+    """Of the two numbers that tell anyone apart, one is best in both, two is tied in one."""
+    comparison["verdict"]["table"] += [
+        {"order": [["one", "two"], ["three"]]},
+        {"order": [["one", "two"]]},
+        {"order": 3},
+    ]
+    assert firsts(comparison, "one") == "At the front in 2 of 2 numbers"
+    assert firsts(comparison, "two") == "At the front in 1 of 2 numbers"
+    assert firsts({}, "one") == ""
 
 
 def test_markdown_and_png(tmp_path, comparison):
@@ -214,6 +273,14 @@ def test_markdown_and_png(tmp_path, comparison):
         assert image.width > 2 * 600 and image.height > 400
     (tmp_path / "sheets/two.png").unlink()
     assert comparison_png(tmp_path, comparison)[:4] == b"\x89PNG"
+
+
+def test_a_reason_is_told_once(comparison):
+    """`compare` lists the reasons of figures bare; the page tells them with what they belong to."""
+    comparison["not_measured"].append("The weights are not here.")
+    assert [one for one in reasons_of(comparison) if "weights" in one] == [
+        "Seen by Inception-v3: The weights are not here."
+    ]
 
 
 def test_a_hostile_comparison_is_only_shown(tmp_path, comparison):

@@ -18,6 +18,7 @@ from snowmelt.evaluating.draw import Drawn, Order, draw
 from snowmelt.models.base import Drawing
 from snowmelt.models.vae import VAEModel
 from snowmelt.run import Run, lock
+from snowmelt.terminal import Log, console
 
 pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
 
@@ -130,7 +131,7 @@ def test_a_run_still_training_is_refused(run, capsys):
         run.write_status("finished")
 
 
-def test_a_failure_leaves_the_earlier_figures(run, monkeypatch):
+def test_a_failure_leaves_the_earlier_figures(run, tmp_path, monkeypatch):
     assert cli(["evaluate", str(run.path), "--spaces", "random", *SAMPLES]) == 0
     before = figures(run)
 
@@ -139,7 +140,8 @@ def test_a_failure_leaves_the_earlier_figures(run, monkeypatch):
 
     monkeypatch.setattr(quality, "save_png", torn)
     with pytest.raises(OSError, match="No space"):
-        quality.measure_quality(run, quality.EvaluateOptions(run.path, samples=64, processes=1), [], print)
+        options = quality.EvaluateOptions(run.path, samples=64, processes=1)
+        quality.measure_quality(run, options, [], Log(console(), tmp_path / "log.txt"))
     assert figures(run) == before
 
 

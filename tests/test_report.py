@@ -14,8 +14,8 @@ from snowmelt.config import Config, DataConfig
 from snowmelt.prepare import PrepareOptions, prepare
 from snowmelt.report import ReportOptions, report
 from snowmelt.reporting.course import BUDGET, previews
-from snowmelt.reporting.page import state_of
-from snowmelt.run import Run
+from snowmelt.reporting.page import settings, state_of
+from snowmelt.run import Run, lock
 
 HOSTILE = "<img src=x onerror=alert(1)>{{name}} $x$"
 MOMENTS = (1, 40, 80)
@@ -68,7 +68,10 @@ def figures() -> dict:
             "training": 17,
             "copies": {"share": 0.021, "low": 0.012, "high": 0.035, "count": 21, "false_alarms": 0.004},
             "closer": {"share": 0.55, "low": 0.5, "high": 0.6},
-            "gap": [{"name": f"error at log-SNR {level:+d}", **part} for level in (-4, 0, 4)],
+            "duplicates": 1,
+            "held_out": 24,
+            "gap": [{"name": f"error at log-SNR {level:+d}", **part} for level in (-4, 0, 4)]
+            + [{"name": name, **part} for name in ("held_out_loss", "squared error", "critic score", "active latents")],
             "pairs": [{"sample": 17, "training": 3, "flipped": True, "ratio": 0.137, "distance": 1.5, "flagged": True}],
         },
         "spaces": {"trained": {"about": "An encoder trained on the folder.", "dimension": 64}},
@@ -126,7 +129,8 @@ def test_the_page_holds_what_the_run_holds(page, whole_run):
         "The training is finished, after 80 steps.|5,120 images seen|trained for 2:05|Snowmelt 0.0.7|cats|17 and 3"
         "|18 pictures used|1 files skipped|7.31|6.90 to 7.70|1.25|Too few pictures for it.|2.1 %|1.2 to 3.5 %|0.137"
         "|An encoder trained on the folder.|mirrored|DINOv2: its weights are not here.|3.46|± 0.012|KL bits"
-        "|It began to learn pictures by heart|90.0 %|500 / 400|Held-out pictures, and what the model makes"
+        "|It began to learn pictures by heart|90.0 %|500 / 400|60 ms for each|4.0 %|drawn with sampler ddim, steps 50"
+        "|Held-out pictures, and what the model makes"
     )
     for words in told.split("|"):
         assert words in text, words
@@ -166,10 +170,10 @@ def test_a_timeline_of_large_previews_is_thinned_and_shrunk(tmp_path):
 @pytest.mark.parametrize(
     "status, said",
     [
-        ({"state": "training", "step": 30, "horizon": 120}, "still training: step 30 of 120 (25% of the way)"),
+        ({"state": "training", "step": 30, "horizon": 120}, "interrupted after step 30 of 120 (25% of the way)"),
         ({"state": "stopped", "step": 30}, "stopped at step 30; it can be continued"),
         ({"state": "failed", "step": 3, "error": "The disk is full."}, "failed at step 3: The disk is full."),
-        ({"state": "training", "step": "many", "horizon": []}, "still training: step 0"),
+        ({"state": "training", "step": "many", "horizon": []}, "interrupted after step 0"),
         ([], "has not said anything"),
     ],
 )
@@ -177,6 +181,37 @@ def test_every_state_has_its_sentence(tmp_path, status, said):
     run = Run.create(tmp_path / "run", Config(data=DataConfig(8, 1)))
     (run.path / "status.json").write_text(json.dumps(status), encoding="utf-8")
     assert said in state_of(run)
+
+
+def test_a_run_is_training_while_someone_holds_it(tmp_path):
+    run = Run.create(tmp_path / "run", Config(data=DataConfig(8, 1)))
+    run.write_status("training", step=30, horizon=120)
+    with lock(run.path):
+        assert "still training: step 30 of 120 (25% of the way)" in state_of(run) and "--resume" not in settings(run)
+    assert "interrupted" in state_of(run) and "--resume" in settings(run)
+
+
+def test_errors_by_heart_are_those_that_grow(page):
+    text = text_of(page)
+    assert "squared error" in text and "critic score" not in text and "active latents" not in text
+
+
+def test_what_was_not_told_is_a_sentence(tmp_path, whole_run):
+    """No recognised classes, no gap, one step of drawing, a reference that was learned from."""
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    found = figures() | {"drawing": {}, "reference": "all pictures", "not_measured": ["Errors: not kept."]}
+    found["classes"] = {"recognised": None, "as_asked": None, "reason": "the encoder names 60 % of them"}
+    found["memorization"]["gap"] = []
+    (run / "evaluations/quality/figures.json").write_text(json.dumps(found), encoding="utf-8")
+    text = text_of(report(ReportOptions(run)))
+    for said in (
+        "drawn in a single step",
+        "The encoder names 60 % of them.",
+        "Errors: not kept.",
+        "learned from: a model",
+    ):
+        assert said in text, said
+    assert "could not be read" not in text and "The gap" not in text
 
 
 def test_a_run_of_nothing_but_its_settings(tmp_path):

@@ -74,6 +74,20 @@ def test_a_run_tells_its_story(pictures, small, tmp_path):
     assert "Precision" not in (out / "log.txt").read_text(), "an asked-for precision is not measured"
 
 
+def test_six_pictures_train(small, tmp_path):
+    """One is held out: its error is written, but a single one has no deviation, and nothing is beyond doubt."""
+    (tmp_path / "few").mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "few" / f"{number}.png")
+    assert start(tmp_path / "few", tmp_path / "run", small, "--steps", "3") == 0
+    run = Run.open(tmp_path / "run")
+    assert len(open_prepared(run.path / "data").held_out) == 1
+    (line,) = (line for line in run.metrics()[-1:] if "held_out_loss" in line)
+    assert math.isfinite(line["train_loss"]) and math.isfinite(line["spread"])
+    assert not any(line.get("alarm") == "memorization" for line in run.metrics()) and not run.before.exists()
+
+
 def test_the_held_out_error_falls(pictures, small, tmp_path):
     start(pictures, tmp_path / "run", small, "--steps", "80")
     losses = [line["held_out_loss"] for line in Run.open(tmp_path / "run").metrics() if "held_out_loss" in line]

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from snowmelt import __version__
 from snowmelt.comparing.budget import AIM
 from snowmelt.comparing.options import CompareOptions, check, check_runs
+from snowmelt.config import DataConfig
 from snowmelt.errors import UserError
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.files import write_atomic
+from snowmelt.presets import check_size, facts_of, preset
 from snowmelt.terminal import Log, console
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def compare(options: CompareOptions) -> Path:
     # Late, so that the command line stays instant.
     from snowmelt.comparing.duel import Ledger
     from snowmelt.run import Run, is_run, lock
+    from snowmelt.training.signals import stopping
 
     finished = all(is_run(Path(source)) for source in options.sources)
     if finished:
@@ -59,10 +62,13 @@ def compare(options: CompareOptions) -> Path:
     fresh = [parent for parent in (out, *out.parents) if not parent.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with lock(out):
+        with lock(out), stopping(f"What is done is kept in {out}; the same command continues."):
             log, ledger = Log(console(), out / "log.txt"), Ledger.open(out / PLAN, _request(options))
-            runs = runs or _duel(options, out, ledger, log)
+            failed: list[str] = []
+            if not finished:
+                runs, failed = _duel(options, out, ledger, log)
             found = _measured(options, runs, ledger, log, timed=not finished)
+            found["not_measured"] = [*failed, *found["not_measured"]]
             page = _write(out, found)
     except UserError:
         # After a refusal leave nothing behind, unless work has begun.
@@ -100,6 +106,8 @@ def _check_source(options: CompareOptions) -> None:
     """Refuse pictures that are not there, and options that come too late for prepared ones."""
     from snowmelt.data.prepared import is_prepared
 
+    if options.size is not None:
+        _check_sizes(options, DataConfig(options.size, 3))
     source = options.sources[0]
     if not source.startswith("builtin:") and not Path(source).exists():
         raise UserError(f"There is nothing at {source}; name a folder, zip or tar of images, or finished runs.")
@@ -144,21 +152,29 @@ def _alike(runs: list[Run]) -> list[Run]:
     return runs
 
 
-def _duel(options: CompareOptions, out: Path, ledger: Ledger, log: Log) -> list[Run]:
-    """The models, trained for equal times on the same pictures."""
+def _duel(options: CompareOptions, out: Path, ledger: Ledger, log: Log) -> tuple[list[Run], list[str]]:
+    """The models, trained for equal times on the same pictures; and a sentence for each that failed."""
     from snowmelt.comparing.budget import shares
     from snowmelt.comparing.duel import train_models
+    from snowmelt.evaluating.quality import see_real
     from snowmelt.training.signals import catch_signals
 
     with ledger.phase("pictures"):
         data = _pictures(options, out)
     if ledger.shares is None:
+        _check_sizes(options, facts_of(data))
         with ledger.phase("encoder"):
-            _spaces(options, data, log, timed=True)
+            see_real(_spaces(options, data, log, timed=True), data)
         ledger.shares = shares(options.seconds, ledger.total, len(options.families))
         ledger.save()
     with catch_signals() as stop:
         return train_models(options, data.path, ledger, stop, log)
+
+
+def _check_sizes(options: CompareOptions, data: DataConfig) -> None:
+    """Refuse pictures of a size that one of the models cannot halve as often as it must."""
+    for family in options.families:
+        check_size(preset(data, family))
 
 
 def _pictures(options: CompareOptions, out: Path) -> Prepared:
@@ -200,21 +216,24 @@ def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log
     from snowmelt.comparing.entry import entry_of
     from snowmelt.comparing.verdict import verdict
     from snowmelt.evaluating.draw import seconds_per_picture
-    from snowmelt.evaluating.quality import order_of
+    from snowmelt.evaluating.quality import order_of, seconds_of_measuring
 
     data = runs[0].open_pictures()
     with ledger.phase("encoder"):
         spaces = _spaces(options, data, log, timed=timed)
     evaluate = _evaluate_options(options)
-    if timed:
+    if timed and ledger.samples is None:
         with ledger.phase("measuring"):
             each = [seconds_per_picture(order_of(run, evaluate), options.processes) for run in runs]
-        left = options.seconds * AIM - ledger.total
-        evaluate = dataclasses.replace(evaluate, samples=samples_within(left, each, options.samples))
+        comparing = len(runs) * seconds_of_measuring(data, spaces, options.samples, evaluate)
+        left = options.seconds * AIM - ledger.total - comparing
+        ledger.samples = samples_within(left, each, options.samples)
+    evaluate = dataclasses.replace(evaluate, samples=ledger.samples or options.samples)
     entries: list[dict[str, Any]] = []
-    for run in runs:
+    for number, run in enumerate(runs):
         with ledger.phase("measuring"):
-            entries.append(entry_of(run, evaluate, spaces, log))
+            kept = ledger.path.parent / "measured" / f"{number}-{run.config.model}.json"
+            entries.append(entry_of(run, evaluate, spaces, log, kept))
     about = runs[0].config.data
     return {
         "snowmelt": __version__,
@@ -240,7 +259,7 @@ def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log
 def _not_measured(entries: list[dict[str, Any]]) -> list[str]:
     """Every reason why a number is missing, once."""
     reasons = [figure["reason"] for entry in entries for figure in entry["quality"]["figures"] if figure["reason"]]
-    told = [sentence for entry in entries for sentence in entry["quality"]["not_measured"]]
+    told = [sentence for entry in entries for sentence in (*entry["quality"]["not_measured"], *entry["not_measured"])]
     missing = "" if any("trained" in entry["quality"]["spaces"] for entry in entries) else NO_TIME
     return [sentence for sentence in dict.fromkeys([missing, *reasons, *told]) if sentence]
 
@@ -251,7 +270,7 @@ def _write(out: Path, found: dict[str, Any]) -> Path:
 
     (out / "sheets").mkdir(exist_ok=True)
     for number, entry in enumerate(found["runs"]):
-        path = Path(entry["path"]).resolve()
+        path = Path(entry["path"])
         entry["path"] = os.path.relpath(path, out.resolve())
         entry["sheet"] = f"sheets/{number}-{entry['model']}.png"
         write_atomic(out / entry["sheet"], (path / "evaluations" / "quality" / "samples.png").read_bytes())

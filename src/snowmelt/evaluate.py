@@ -24,7 +24,7 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
 
     from snowmelt.evaluating.bits import bits_table, measure_bits
     from snowmelt.evaluating.quality import check_run, measure_quality, spaces_of
-    from snowmelt.evaluating.tables import quality_tables
+    from snowmelt.evaluating.tables import quality_tables, reasons
     from snowmelt.run import Run
 
     run = Run.open(Path(options.run))
@@ -41,6 +41,8 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
         files.append(run.folder("evaluations") / "quality" / "figures.json")
         for table in quality_tables(found):
             out.print(table)
+        for reason in reasons(found):
+            log(reason)
     for file in files:
         log(f"Wrote {file}")
     return files

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 SIZE = 128
 SMALLEST, LARGEST = 8, 256
 FEWEST, MOST = 10, 10_000
-MARK = '<meta name="generator" content="snowmelt explain'
-"""Stands in every page that was made here."""
 FILES = (
     "index.html",
     "forward.png",
@@ -108,11 +106,12 @@ def explain(options: ExplainOptions) -> Path:
 
 def is_explanation(out: Path) -> bool:
     """Whether the folder holds an earlier explanation and nothing else."""
+    from snowmelt.pages.shell import is_made_by
+
     page = out / "index.html"
     if not page.is_file() or any(path.name not in FILES for path in out.iterdir()):
         return False
-    with page.open("rb") as file:
-        return MARK.encode() in file.read(2000)
+    return is_made_by(page, "explain")
 
 
 def _check(options: ExplainOptions, out: Path) -> None:

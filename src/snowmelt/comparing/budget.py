@@ -20,8 +20,8 @@ SHORTEST = 30.0
 """Seconds of training of each model that are worth it."""
 ENCODER_SHARE = 0.12
 """Of the time that training an encoder may take; beyond that the random features must do."""
-OTHERS = 0.45
-"""Share of the measuring that is not drawing: distances, copies, bits."""
+OTHERS = 0.35
+"""Share of what is left for drawing that is kept for bits/dim, for starting processes, and for the report."""
 OVER_TIME, STATES = 300, 3
 """Pictures drawn, at most, from each of so many earlier states of every model."""
 LEAST_SAMPLES = 100

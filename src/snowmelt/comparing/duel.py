@@ -8,7 +8,6 @@ All of it can be interrupted anywhere: what is done stays done, and a run that w
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -40,6 +39,8 @@ class Ledger:
     shares: Shares | None = None
     spent: dict[str, float] = field(default_factory=dict[str, float])
     """Seconds by what they went to, over all interruptions."""
+    samples: int | None = None
+    """Pictures drawn of each model, once that is decided."""
 
     @staticmethod
     def open(path: Path, request: dict[str, Any]) -> Ledger:
@@ -51,12 +52,16 @@ class Ledger:
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             shares = None if known["shares"] is None else Shares(**known["shares"])
-            ledger = Ledger(path, known["request"], shares, {name: float(s) for name, s in known["spent"].items()})
+            spent = {name: float(seconds) for name, seconds in known["spent"].items()}
+            ledger = Ledger(path, known["request"], shares, spent, known["samples"])
         except FileNotFoundError:
             return Ledger(path, request)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged; compare again with another --out.") from error
+        # As long as no time has been shared out, more of it may be given.
         changed = sorted(name for name in request if ledger.request.get(name) != request[name])
+        if changed == ["duration"] and ledger.shares is None:
+            ledger.request, changed = request, []
         if changed:
             raise UserError(
                 f"{path.parent} was begun with other options ({', '.join(changed)}); repeat that command to continue "
@@ -66,7 +71,8 @@ class Ledger:
 
     def save(self) -> None:
         """Write it down."""
-        about = {"request": self.request, "shares": self.shares and asdict(self.shares), "spent": self.spent}
+        shares = None if self.shares is None else asdict(self.shares)
+        about = {"request": self.request, "shares": shares, "spent": self.spent, "samples": self.samples}
         write_atomic(self.path, json.dumps(about, indent=1))
 
     @property
@@ -85,23 +91,36 @@ class Ledger:
             self.save()
 
 
-def train_models(options: CompareOptions, data: Path, ledger: Ledger, stop: Stop, log: Log) -> list[Run]:
-    """Every model trained to its end, one after the other.
+def train_models(
+    options: CompareOptions, data: Path, ledger: Ledger, stop: Stop, log: Log
+) -> tuple[list[Run], list[str]]:
+    """Every model trained to its end, one after the other; and a sentence for each that failed.
 
     Raises:
         Stopped: a signal came; the model under way has saved itself.
-        UserError: a training ended with a mistake, which it has told.
+        UserError: no training came to its end.
     """
     assert ledger.shares is not None
-    runs: list[Run] = []
+    runs, failed = list[Run](), list[str]()
     for family in options.families:
         path = ledger.path.parent / family
-        if not (is_run(path) and Run.open(path).status().get("state") == "finished"):
+        if not _is_finished(path):
             log(f"Training {family} for {words_of(ledger.shares.each)}.")
             with ledger.phase(family):
                 _train(_command(options, family, data, path, ledger.shares.each), path, stop)
-        runs.append(Run.open(path))
-    return runs
+        if _is_finished(path):
+            runs.append(Run.open(path))
+        else:
+            why = Run.open(path).status().get("error") if is_run(path) else None
+            failed.append(f"The training of {family} failed{': ' + str(why) if why else '; it has said why.'}")
+            log(failed[-1])
+    if not runs:
+        raise UserError("No model could be trained; mend what the trainings said and repeat the command.")
+    return runs, failed
+
+
+def _is_finished(path: Path) -> bool:
+    return is_run(path) and Run.open(path).status().get("state") == "finished"
 
 
 def _command(options: CompareOptions, family: str, data: Path, path: Path, seconds: float) -> list[str]:
@@ -113,18 +132,14 @@ def _command(options: CompareOptions, family: str, data: Path, path: Path, secon
 
 
 def _train(words: list[str], path: Path, stop: Stop) -> None:
-    process = subprocess.Popen([sys.executable, "-P", "-m", "snowmelt", *words])  # noqa: S603  our own command line
+    # In a session of its own, so that a Ctrl-C does not reach it twice: the second signal would end it unsaved.
+    command = [sys.executable, "-P", "-m", "snowmelt", *words]
+    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603  our own command line
     asked = False
     while process.poll() is None:
         if stop.requested and not asked:
-            # Ctrl-C reaches the whole group by itself; SIGTERM came to this process alone.
             asked = True
             process.terminate()
         time.sleep(POLL)
     if stop.requested:
         raise Stopped(f"Everything is saved in {path.parent}; the same command continues.", stop.signal or 0)
-    if process.returncode:
-        raise UserError(
-            f"Training {path.name} ended early; mend what it said and repeat the command, or see "
-            f"`{shlex.join(['snowmelt', *words])}`."
-        )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from snowmelt import checkpoint
+from snowmelt import __version__, checkpoint
 from snowmelt.comparing.budget import OVER_TIME
 from snowmelt.errors import UserError
-from snowmelt.evaluating.bits import measure_bits
+from snowmelt.evaluating.bits import NoLikelihood, measure_bits
 from snowmelt.evaluating.draw import draw
 from snowmelt.evaluating.options import EvaluateOptions
-from snowmelt.evaluating.quality import FOLDER, in_spaces, measure_quality, order_of
+from snowmelt.evaluating.quality import drawing_of, in_spaces, measure_quality, order_of
 from snowmelt.evaluation.features import Space
 from snowmelt.files import write_atomic
 from snowmelt.run import Run
@@ -24,18 +26,43 @@ BITS = {"pictures": 64, "terms": 50, "ode_steps": 0}
 """Of a diffusion model: enough for a standard error of a hundredth, in less than a minute."""
 
 
-def entry_of(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log) -> dict[str, Any]:
-    """Measure `run` and return its part of a compare.json."""
+def entry_of(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log, kept: Path) -> dict[str, Any]:
+    """Measure `run` and return its part of a compare.json; what was measured before in the same way is in `kept`."""
     options = dataclasses.replace(options, run=run.path, spaces=tuple(space.name for space in spaces))
-    quality = known_quality(run, options) or measure_quality(run, options, spaces, log)
-    lines, status, config = run.metrics(), run.status(), run.config
+    key = _key(run, options, spaces)
+    try:
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known["key"] == key:
+            return known["entry"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    entry = _measured(run, options, spaces, log)
+    kept.parent.mkdir(exist_ok=True)
+    write_atomic(kept, json.dumps({"key": key, "entry": entry}))
+    return entry
+
+
+def _key(run: Run, options: EvaluateOptions, spaces: list[Space]) -> dict[str, Any]:
+    """All that an entry depends on, as JSON has it."""
+    asked = {"samples": options.samples, "seed": options.seed, "drawing": drawing_of(options).as_dict()}
+    return {
+        **asked,
+        "version": __version__,
+        "weights": checkpoint.read_state(run.state_of("newest"))["sha256"]["average"],
+        "spaces": {space.name: space.identity for space in spaces},
+    }
+
+
+def _measured(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log) -> dict[str, Any]:
+    missing: list[str] = []
+    quality = measure_quality(run, options, spaces, log)
+    lines, status = run.metrics(), run.status()
     speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
-    words = ["snowmelt", "train", "--resume", str(run.path)]
     return {
         "name": run.path.name,
-        "model": config.model,
-        "path": str(run.path),
-        "command": " ".join(words),
+        "model": run.config.model,
+        "path": str(run.path.resolve()),
+        "command": _command(run),
         "parameters": status.get("parameters"),
         "seconds": status.get("seconds"),
         "steps": status.get("step"),
@@ -44,36 +71,33 @@ def entry_of(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log) 
         "memory": max((line["memory"] for line in lines if "memory" in line), default=None),
         "seconds_per_picture": quality["seconds"]["per_picture"],
         "drawing": quality["drawing"],
-        "bits_per_dim": bits_of(run, options),
+        "bits_per_dim": bits_of(run, options, missing),
         "quality": quality,
         "over_time": over_time(run, options, spaces),
+        "not_measured": missing,
     }
 
 
-def known_quality(run: Run, options: EvaluateOptions) -> dict[str, Any] | None:
-    """What was measured before of the same weights with the same options."""
-    newest = run.state_of(options.state)
-    try:
-        known = json.loads((run.path / "evaluations" / FOLDER / "figures.json").read_text(encoding="utf-8"))
-        same = (
-            known["weights"] == checkpoint.read_state(newest)["sha256"]["average"]
-            and known["seed"] == options.seed
-            and known["samples"] == options.samples
-            and known["drawing"] == order_of(run, options).drawing.as_dict()
-            and {*options.spaces} <= {*known["spaces"]}
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return known if same else None
+def _command(run: Run) -> str:
+    """The line that trains such a run again."""
+    request = run.config.request
+    words = ["snowmelt", "train", str(request.get("source", "PICTURES"))]
+    for name, value in request.items():
+        option = f"--{'for' if name == 'duration' else name.replace('_', '-')}"
+        if name not in ("source", "config") and value not in (None, False, "auto"):
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
 
 
-def bits_of(run: Run, options: EvaluateOptions) -> dict[str, Any] | None:
-    """Bits/dim of held-out pictures by the bound; None where the family has no likelihood."""
+def bits_of(run: Run, options: EvaluateOptions, missing: list[str]) -> dict[str, Any] | None:
+    """Bits/dim of held-out pictures by the bound; None where the family has no likelihood, or with a reason."""
     try:
         found = measure_bits(run, dataclasses.replace(options, **BITS))
-    except UserError:
+    except NoLikelihood:
         return None
-    write_atomic(run.folder("evaluations") / "bits.json", json.dumps(found, indent=1))
+    except UserError as reason:
+        missing.append(f"Bits/dim of {run.path.name}: {reason}")
+        return None
     return {**found["bits_per_dim"]["bound"], "what": "variational bound"}
 
 

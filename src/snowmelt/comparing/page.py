@@ -8,29 +8,33 @@ from typing import Any
 
 from snowmelt import __version__
 from snowmelt.comparing.plots import ROLES, SIGNS, Shown, interval_charts, over_time_charts
-from snowmelt.comparing.rows import Row, figures_of, name_of, rows_of, runs_of, shown_space
+from snowmelt.comparing.rows import ASPECTS, Row, figures_of, firsts, memory_of, name_of, rows_of, runs_of, shown_space
+from snowmelt.comparing.verdict import RETRAINED
 from snowmelt.pages.charts import svg
-from snowmelt.pages.markup import code, details, fill, items, number, plain, table
-from snowmelt.pages.measures import SPACES, common_reason, percent, share_with_interval
+from snowmelt.pages.markup import code, details, fill, items, plain, table
+from snowmelt.pages.measures import (
+    BAND,
+    SPACES,
+    common_reason,
+    drawing_words,
+    learned_from,
+    percent,
+    share_with_interval,
+    time_words,
+    twins_share,
+)
 from snowmelt.pages.reading import finite, opened, or_reason, table_of, tables, texts, whole
 from snowmelt.pages.sheets import pairs_of, sheet_figure
-from snowmelt.pages.shell import Page, document, template
+from snowmelt.pages.shell import Page, document, look_of, template
 from snowmelt.terminal import words_of
 
 HERE = "snowmelt.comparing"
-SMALL = 96
-"""Pictures up to so many pixels wide are shown in squares."""
 SHEETS = 2_000_000
 """Bytes of all sheets together."""
 PAIRS = 4
 """Most suspicious pairs of each run."""
-ASPECTS = {
-    "quality": "Quality: do the pictures look real?",
-    "diversity": "Diversity: is everything there that is in the real ones?",
-    "copies": "Copies: are they new?",
-    "cost": "Cost",
-    "likelihood": "Likelihood",
-}
+APART = f"apart from the rest by more than {RETRAINED:g} times what chance in drawing explains"
+"""What is called best."""
 
 Comparison = dict[str, Any]
 
@@ -56,13 +60,16 @@ def comparison_page(folder: Path, comparison: Comparison) -> bytes:
         "not_measured": partial(_not_measured, comparison),
     }
     values = {
-        "eyebrow": plain(f"A duel on {comparison.get('source', 'the same pictures')}"),
+        "eyebrow": plain(f"A duel on {_source(comparison)}"),
         "headline": headline,
         "version": __version__,
         "seen": _seen(comparison),
+        "reference": _reference(comparison),
+        "band": BAND,
+        "apart": APART,
         **{name: or_reason(build, "This part") for name, build in parts.items()},
     }
-    look = "pixels" if whole(data.get("size")) <= SMALL else "photo"
+    look = look_of(whole(data.get("size")))
     body = fill(template(HERE, "page.html"), values)
     return document(Page("compare", f"Comparison: {headline}", template(HERE, "page.css"), body, look))
 
@@ -70,8 +77,19 @@ def comparison_page(folder: Path, comparison: Comparison) -> bytes:
 # the parts
 
 
+def _source(comparison: Comparison) -> str:
+    """The names of the pictures or runs, without their folders."""
+    names = str(comparison.get("source") or "the same pictures").split(", ")
+    return ", ".join(Path(name).name or name for name in names)
+
+
 def _sentences(verdict: dict[str, Any]) -> str:
-    entries = "".join(f"<li>{plain(one)}</li>" for one in texts(verdict.get("sentences")))
+    """What each is about stands out, so that they can be skimmed."""
+    parts = [one.partition(": ") for one in texts(verdict.get("sentences"))]
+    entries = "".join(
+        f"<li><b>{plain(about)}:</b> {plain(said)}</li>" if said else f"<li>{plain(about)}</li>"
+        for about, _, said in parts
+    )
     return f'<ul class="verdict">{entries}</ul>' if entries else ""
 
 
@@ -79,7 +97,7 @@ def _facts(comparison: Comparison) -> str:
     data, seconds = table_of(comparison.get("data")), finite(comparison.get("seconds"))
     parts = [
         f"{len(runs_of(comparison))} models",
-        f"{words_of(seconds)} of time in all" if seconds else "",
+        f"{seconds / 60:.3g} minutes in all" if seconds else "",
         f"{whole(data.get('train')):,} pictures to learn from, {whole(data.get('held_out')):,} held out",
         f"{whole(data.get('size'))} × {whole(data.get('size'))} pixels",
         f"seed {plain(comparison.get('seed', '?'))}",
@@ -90,13 +108,14 @@ def _facts(comparison: Comparison) -> str:
 def _sheets(folder: Path, comparison: Comparison) -> str:
     """The sheets side by side; on a phone one below the other."""
     runs = runs_of(comparison)
-    return "".join(_sheet(folder, run, SHEETS // len(runs)) for run in runs)
+    return "".join(_sheet(folder, run, SHEETS // len(runs), firsts(comparison, name_of(run))) for run in runs)
 
 
-def _sheet(folder: Path, run: dict[str, Any], budget: int) -> str:
+def _sheet(folder: Path, run: dict[str, Any], budget: int, said: str) -> str:
     name, seconds = plain(name_of(run)), finite(run.get("seconds_per_picture"))
     path = _inside(folder, run.get("sheet"))
-    caption = f"{number(seconds)} s to draw each" if seconds is not None else ""
+    caption = f"<b>{plain(said)}</b>; " if said else ""
+    caption += f"{time_words(seconds)} to draw each" if seconds is not None else ""
     missing = '<p class="odd">Its sheet of samples is not there.</p>'
     shown = sheet_figure(path, f"Sample sheet of {name_of(run)}", caption, budget) if path else missing
     return f"<div><h3>{name}</h3>{shown}</div>"
@@ -115,10 +134,10 @@ def _table(comparison: Comparison) -> str:
     rows = rows_of(comparison)
     head = "".join(f'<th scope="col">{plain(name)}</th>' for name in ["", *names])
     body = ""
-    for aspect, title in ASPECTS.items():
-        mine = [row for row in rows if row.aspect == aspect]
+    for name, aspect in ASPECTS.items():
+        mine = [row for row in rows if row.aspect == name]
         if mine:
-            body += f'<tr class="aspect"><th scope="rowgroup" colspan="{len(names) + 1}">{title}</th></tr>'
+            body += f'<tr class="aspect"><th scope="rowgroup" colspan="{len(names) + 1}">{aspect.title}</th></tr>'
             body += "".join(map(_row, mine))
     box = f'<div class="wide figures" style="--columns:{max(1, len(names))}">'
     box += '<div class="table" tabindex="0" role="group" aria-label="The comparison in numbers">'
@@ -128,7 +147,14 @@ def _table(comparison: Comparison) -> str:
 def _seen(comparison: Comparison) -> str:
     """By which eye the table sees."""
     space = shown_space(comparison)
-    return f"{plain(SPACES.get(space, space))}. " if space else ""
+    more = ", which notices what they show, and also blur and noise that people overlook" if space == "trained" else ""
+    return f"{plain(SPACES.get(space, space))}{more}. " if space else ""
+
+
+def _reference(comparison: Comparison) -> str:
+    """That drawn pictures are compared with such as were learned from, where that is so."""
+    said = dict.fromkeys(learned_from(table_of(run.get("quality"))) for run in runs_of(comparison))
+    return "".join(f'<p class="small">{plain(one)}</p>' for one in said if one)
 
 
 def _row(row: Row) -> str:
@@ -194,26 +220,29 @@ def _charts(shown: list[Shown], name: str) -> str:
 def _copies(folder: Path, comparison: Comparison) -> str:
     """How many copies each drew, and its most suspicious pairs."""
     runs = runs_of(comparison)
-    found = [table_of(table_of(run.get("quality")).get("memorization")) for run in runs]
+    found = [memory_of(run) for run in runs]
     if not any(found):
         return "<p>Copies were not looked for.</p>"
     rows = [
         [
             plain(name_of(run)),
             share_with_interval(table_of(one.get("copies"))),
+            percent(twins_share(one)),
             percent(finite(table_of(one.get("copies")).get("false_alarms"))),
             share_with_interval(table_of(one.get("closer"))),
         ]
         for run, one in zip(runs, found, strict=True)
     ]
-    head = ["", "copies", "held-out pictures called copies", "nearer than a held-out one"]
+    head = ["", "copies among drawn pictures", "twins among real held-out ones", "false alarms", "nearer"]
     words = (
-        "<p>Every drawn picture was held against all training pictures. A model that copies nothing has no more copies "
+        "<p>Every drawn picture was held against all training pictures, and so was every real one that was held out: "
+        "some of these are training pictures over again (twins, duplicates), and of the others the test calls a few "
+        "copies wrongly (false alarms). A model that copies nothing has about as many copies as there are twins, and "
+        "half of its pictures, or fewer where they look odd, are nearer to a training picture than a typical held-out "
+        "one is.</p>"
     )
-    words += "than held-out pictures have, and half of its pictures are nearer to a training picture than a typical "
-    words += "held-out picture is.</p>"
     pairs = "".join(_pairs(folder, run, tables(one.get("pairs"))) for run, one in zip(runs, found, strict=True))
-    return f'{words}<div class="wide figures" style="--columns:3">{table(head, rows, "Copies")}</div>{pairs}'
+    return f'{words}<div class="wide figures" style="--columns:4">{table(head, rows, "Copies")}</div>{pairs}'
 
 
 def _pairs(folder: Path, run: dict[str, Any], pairs: list[dict[str, Any]]) -> str:
@@ -235,7 +264,7 @@ def _how(comparison: Comparison) -> str:
         for name, about in table_of(quality.get("spaces")).items()
     ]
     commands = [str(run["command"]) for run in runs if run.get("command")]
-    drawings = [f"{plain(name_of(run))}: {plain(_drawing(run))}" for run in runs if run.get("drawing")]
+    drawings = [f"{plain(name_of(run))}: {plain(said)}" for run in runs if (said := drawing_words(run.get("drawing")))]
     words = "<p>All saw the same pictures, with the same ones held out, and were measured by the same "
     words += (
         f"code with the same seeds.</p>{_budget(runs)}<p>{whole(quality.get('samples')):,} drawn pictures of each were "
@@ -248,14 +277,8 @@ def _how(comparison: Comparison) -> str:
     return (
         words
         + (f"<p>Pictures are compared as they look to several eyes:</p>{items(spaces)}" if spaces else "")
-        + (f"<p>Drawn with:</p>{items(drawings)}" if drawings else "")
+        + (f"<p>Drawn:</p>{items(drawings)}" if drawings else "")
         + (f"<p>The commands:</p>{code(commands)}" if commands else "")
-    )
-
-
-def _drawing(run: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value}" for name, value in table_of(run.get("drawing")).items() if value not in (None, "", [])
     )
 
 
@@ -285,7 +308,8 @@ def _not_measured(comparison: Comparison) -> str:
 
 def reasons_of(comparison: Comparison) -> list[str]:
     """What was not measured and why, each sentence once; plain text."""
-    found = texts(comparison.get("not_measured"))
+    of_figures = {one.reason for run in runs_of(comparison) for one in figures_of(run)}
+    found = [sentence for sentence in texts(comparison.get("not_measured")) if sentence not in of_figures]
     for run in runs_of(comparison):
         found += texts(table_of(run.get("quality")).get("not_measured"))
         figures = figures_of(run)
@@ -316,7 +340,7 @@ def comparison_markdown(comparison: Comparison) -> str:
             for cell in row.cells
         ]
         lines.append(_line([row.title, *cells]))
-    lines += ["", "In brackets the 95 % interval; ★ marks what is best beyond chance.", ""]
+    lines += ["", f"In brackets the 95 % interval; ★ marks what is best beyond chance: {APART}.", ""]
     if found := reasons_of(comparison):
         lines += ["Not measured:", "", *(f"- {_escaped(one)}" for one in found), ""]
     return "\n".join(lines)
@@ -344,5 +368,6 @@ def comparison_png(folder: Path, comparison: Comparison) -> bytes:
     for index, run in enumerate(runs_of(comparison)):
         path = _inside(folder, run.get("sheet"))
         said = [f"{row.title}: {row.cells[index].value} {'★' if row.cells[index].best else ''}".strip() for row in rows]
-        columns.append(Column(name_of(run), said, opened(path) if path else None))
+        front = firsts(comparison, name_of(run))
+        columns.append(Column(name_of(run), [*([front] if front else []), *said], opened(path) if path else None))
     return poster(str(verdict.get("headline", "")), columns)

@@ -30,10 +30,10 @@ class Shown(NamedTuple):
 
 def interval_charts(comparison: dict[str, Any]) -> list[Shown]:
     """A chart for every figure that some run has a number for."""
-    return [_intervals(comparison, metric, space, wide=False) for metric, space in pairs_measured(comparison)]
+    return [_intervals(comparison, metric, space) for metric, space in pairs_measured(comparison)]
 
 
-def _intervals(comparison: dict[str, Any], metric: str, space: str, *, wide: bool) -> Shown:
+def _intervals(comparison: dict[str, Any], metric: str, space: str) -> Shown:
     runs = runs_of(comparison)
     found = [figure_of(run, metric, space) for run in runs]
     first = next(one for one in found if one is not None)
@@ -100,7 +100,8 @@ def _over_time(tracks: list[Track], key: tuple[str, str]) -> Shown:
     lines: list[Line] = []
     every = [point for track in tracks for point in track.get(key, [])]
     floors = [one.floor for _, one in every if one.floor is not None]
-    if floors:
+    # A kernel distance of real pictures may be just below 0, which no logarithmic axis can show.
+    if floors and (sum(floors) > 0 or any((one.value or 0.0) <= 0 for _, one in every)):
         ends = [0.0, max(minutes for minutes, _ in every)]
         lines.append(Line("faint", ends, [sum(floors) / len(floors)] * 2))
     for index, track in enumerate(tracks):

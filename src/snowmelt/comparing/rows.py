@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from snowmelt.pages.markup import number
-from snowmelt.pages.measures import ASPECTS, WORDS, Measure, interval, measures_of, percent
+from snowmelt.pages.measures import (
+    WORDS,
+    Measure,
+    interval,
+    measures_of,
+    percent,
+    share_of,
+    share_words,
+    time_words,
+    twins_share,
+)
 from snowmelt.pages.reading import finite, table_of, tables, texts, whole
 
+
+class Aspect(NamedTuple):
+    """A part of the table."""
+
+    title: str
+    metrics: tuple[str, ...] = ()
+    """The figures in it."""
+
+
+ASPECTS = {
+    "quality": Aspect("Quality: do the pictures look real?", ("frechet", "kid", "precision", "density", "patches")),
+    "diversity": Aspect("Diversity: is everything there that is in the real ones?", ("recall", "coverage")),
+    "classes": Aspect("Classes: is it what was asked for?"),
+    "copies": Aspect("Copies: are they new?"),
+    "cost": Aspect("Cost"),
+    "likelihood": Aspect("Likelihood"),
+}
+"""In their order."""
 PREFERRED = ("trained", "dinov2", "inception", "random")
 """The space that the table shows: the first of these with a number."""
 
@@ -27,7 +55,7 @@ class Row:
     """One fact of all runs; plain text."""
 
     aspect: str
-    """quality, diversity, copies, cost or likelihood."""
+    """One of `ASPECTS`."""
     title: str
     about: str
     cells: tuple[Cell, ...]
@@ -72,12 +100,27 @@ def rows_of(comparison: dict[str, Any]) -> list[Row]:
     """The table: quality, diversity, copies, costs and bits/dim."""
     space, measured = shown_space(comparison), pairs_measured(comparison)
     rows: list[Row] = []
-    for aspect, metrics in ASPECTS.items():
-        for metric in metrics:
-            places = [place for name, place in measured if name == metric]
+    for name, aspect in ASPECTS.items():
+        for metric in aspect.metrics:
+            places = [place for one, place in measured if one == metric]
             if places:
-                rows.append(figure_row(comparison, aspect, metric, space if space in places else places[0]))
+                rows.append(figure_row(comparison, name, metric, space if space in places else places[0]))
+    rows += _classes(runs_of(comparison))
     return [*rows, *_copies(comparison), *_costs(runs_of(comparison)), *_bits(runs_of(comparison))]
+
+
+def firsts(comparison: dict[str, Any], name: str) -> str:
+    """In how many of the numbers that tell runs apart a run is best or tied with the best, in words."""
+    found = [
+        groups for row in tables(table_of(comparison.get("verdict")).get("table")) if len(groups := _groups(row)) > 1
+    ]
+    return f"At the front in {sum(name in groups[0] for groups in found)} of {len(found)} numbers" if found else ""
+
+
+def _groups(row: dict[str, Any]) -> list[list[str]]:
+    """The names of a row of the verdict's table, from best to worst."""
+    order = row.get("order")
+    return [group for one in order if (group := texts(one))] if isinstance(order, list) else []
 
 
 def figure_row(comparison: dict[str, Any], aspect: str, metric: str, space: str) -> Row:
@@ -85,6 +128,8 @@ def figure_row(comparison: dict[str, Any], aspect: str, metric: str, space: str)
     runs = runs_of(comparison)
     best, note = _verdict(comparison, metric, space)
     found = [figure_of(run, metric, space) for run in runs]
+    if any(one is None or one.value is None for one in found):
+        best, note = [], "not every one has a number, so none is called best"
     cells = tuple(
         Cell("–" if one is None or one.value is None else number(one.value))
         if one is None or one.value is None
@@ -103,36 +148,46 @@ def _floor(found: list[Measure | None]) -> str:
     return f"real pictures get {number(sum(floors) / len(floors))}" if floors else ""
 
 
-def _verdict(comparison: dict[str, Any], metric: str, space: str | None) -> tuple[list[str], str]:
+def _verdict(comparison: dict[str, Any], metric: str, space: str) -> tuple[list[str], str]:
     """The names that are best, where any is beyond chance, and a sentence."""
     for entry in tables(table_of(comparison.get("verdict")).get("table")):
-        if entry.get("metric") == metric and (space is None or entry.get("space") == space):
-            order = entry.get("order")
-            groups = [texts(group) for group in order] if isinstance(order, list) else []
-            groups = [group for group in groups if group]
+        if entry.get("metric") == metric and entry.get("space") == space:
+            groups = _groups(entry)
             if len(groups) > 1:
                 return groups[0], ""
             return [], "nobody is ahead beyond chance" if groups else ""
     return [], ""
 
 
+def _classes(runs: list[dict[str, Any]]) -> list[Row]:
+    found = [table_of(table_of(run.get("quality")).get("classes")) for run in runs]
+    if not any(one.get("as_asked") for one in found):
+        return []
+    cells = tuple(Cell(*share_words(share_of(one.get("as_asked")))) for one in found)
+    real = next((share for one in found if (share := share_of(one.get("held_out_right")).get("share"))), None)
+    about = "share of drawn pictures that are recognised as the class they were drawn as; higher is better"
+    about += f"; of real pictures {percent(finite(real))} are recognised" if real else ""
+    balance = tuple(Cell(percent(finite(one.get("distance")))) for one in found)
+    apart = (
+        "share of drawn pictures that would have to be of another class for the balance of real ones; lower is better"
+    )
+    return [Row("classes", "Recognised", about, cells), Row("classes", "Balance", apart, balance)]
+
+
+def memory_of(run: dict[str, Any]) -> dict[str, Any]:
+    """What was found of copies."""
+    return table_of(table_of(run.get("quality")).get("memorization"))
+
+
 def _copies(comparison: dict[str, Any]) -> list[Row]:
-    runs = runs_of(comparison)
-    found = [table_of(table_of(table_of(run.get("quality")).get("memorization")).get("copies")) for run in runs]
+    memories = [memory_of(run) for run in runs_of(comparison)]
+    found = [table_of(one.get("copies")) for one in memories]
     if not any(found):
         return []
-    best, note = _verdict(comparison, "copies", None)
-    cells = [_share(one, name_of(run) in best) for run, one in zip(runs, found, strict=True)]
-    alarms = [value for one in found if (value := finite(one.get("false_alarms"))) is not None]
+    twins = [share for one in memories if (share := twins_share(one)) is not None]
     about = "share of drawn pictures that are a training picture over again; lower is better"
-    about += f"; the same test calls {percent(max(alarms))} of held-out pictures copies" if alarms else ""
-    return [Row("copies", "Copies", about, tuple(cells), note)]
-
-
-def _share(found: dict[str, Any], best: bool) -> Cell:
-    value, low, high = (finite(found.get(key)) for key in ("share", "low", "high"))
-    between = "" if low is None or high is None else f"{100 * low:.1f} to {percent(high)}"
-    return Cell(percent(value), between, best)
+    about += f"; so are {percent(max(twins))} of real held-out pictures" if twins else ""
+    return [Row("copies", "Copies", about, tuple(Cell(*share_words(one)) for one in found))]
 
 
 def _costs(runs: list[dict[str, Any]]) -> list[Row]:
@@ -141,16 +196,16 @@ def _costs(runs: list[dict[str, Any]]) -> list[Row]:
         return tuple(Cell("–" if one is None else f"{number(one * scale)} {unit}") for one in found)
 
     return [
-        Row(
-            "cost",
-            "Seconds per picture",
-            "how long drawing one takes on this machine",
-            cells("seconds_per_picture", 1.0, "s"),
-        ),
+        Row("cost", "Time per picture", "how long drawing one takes on this machine", _times(runs)),
         Row("cost", "Training speed", "images learned from in a second", cells("images_per_second", 1.0, "/ s")),
         Row("cost", "Memory", "of the process while training", cells("memory", 1 / 2**30, "GB")),
         Row("cost", "Parameters", "numbers that the model has learned", _parameters(runs)),
     ]
+
+
+def _times(runs: list[dict[str, Any]]) -> tuple[Cell, ...]:
+    found = [finite(run.get("seconds_per_picture")) for run in runs]
+    return tuple(Cell("–" if one is None else time_words(one)) for one in found)
 
 
 def _parameters(runs: list[dict[str, Any]]) -> tuple[Cell, ...]:

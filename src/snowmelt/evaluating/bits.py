@@ -16,6 +16,7 @@ from torch import Tensor
 
 from snowmelt import __version__
 from snowmelt.checkpoint import read_state
+from snowmelt.data.prepared import spread_rows
 from snowmelt.data.stream import Batch
 from snowmelt.device import make_precision, pick_device
 from snowmelt.diffusion.denoiser import Denoise
@@ -24,7 +25,7 @@ from snowmelt.diffusion.variance import VARIANCES
 from snowmelt.errors import UserError, choose
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.drawing import make_ready
-from snowmelt.evaluation.levels import batch_of, some_of
+from snowmelt.evaluation.levels import batch_of
 from snowmelt.models.base import Drawing, Model
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.run import Run
@@ -49,6 +50,10 @@ class Held(NamedTuple):
     labels: Labels | None
 
 
+class NoLikelihood(UserError):
+    """The family has none: a GAN tells no probabilities."""
+
+
 def measure_bits(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     """Bits/dim of held-out pictures, with standard errors and what determines them.
 
@@ -65,7 +70,7 @@ def measure_bits(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     held = _held_out(run, options, device)
     found = _of_diffusion(run, model, held, options) if isinstance(model, DiffusionModel) else _of(model, held, options)
     if not found:
-        raise UserError(
+        raise NoLikelihood(
             f"A model such as {run.path} ({run.config.model}) has no likelihood; leave bits out of --measure."
         )
     figures = {name: _figure(values) for name, values in found.items()}
@@ -103,7 +108,7 @@ def _ends(model: DiffusionModel, options: EvaluateOptions) -> tuple[float, float
 def _held_out(run: Run, options: EvaluateOptions, device: torch.device) -> Held:
     """Up to `pictures` of the pictures held out of the training of `run`, evenly from all of them."""
     data = run.open_pictures()
-    rows = some_of(data.held_out, options.pictures)
+    rows = spread_rows(data.held_out, options.pictures)
     if len(rows) < 2:
         raise UserError(f"{run.data} holds {len(rows)} pictures out of training; a standard error takes 2 at least.")
     images, labels = batch_of(data, rows, device)

@@ -26,6 +26,7 @@ from rich.progress import Progress
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.workers import cores
 from snowmelt.device import make_precision, pick_device
+from snowmelt.errors import UserError
 from snowmelt.evaluation.drawing import class_by_chance, make_ready
 from snowmelt.models.base import Drawing, Model
 from snowmelt.run import Run
@@ -88,13 +89,16 @@ PILOT = 16
 
 def seconds_per_picture(order: Order, processes: int) -> float:
     """About how long a picture will take, seen on a few."""
-    run, count = Run.open(Path(order.run)), _count(order, processes)
+    run, count, threads = Run.open(Path(order.run)), _count(order, processes), torch.get_num_threads()
     few = dataclasses.replace(order, numbers=order.numbers[:PILOT], threads=max(1, cores() // count))
-    model = _opened(run, few)
-    list(_batches(run, model, dataclasses.replace(few, numbers=few.numbers[:1])))
-    begin = time.monotonic()
-    list(_batches(run, model, few))
-    return (time.monotonic() - begin) / len(few.numbers) / count
+    try:
+        model = _opened(run, few)
+        list(_batches(run, model, dataclasses.replace(few, numbers=few.numbers[:1])))
+        begin = time.monotonic()
+        list(_batches(run, model, few))
+        return (time.monotonic() - begin) / len(few.numbers) / count
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _count(order: Order, processes: int) -> int:
@@ -224,9 +228,10 @@ def _receive(
         advance(len(rows))
 
 
-def _died(errors: IO[bytes]) -> RuntimeError:
+def _died(errors: IO[bytes]) -> UserError:
     errors.seek(0)
-    return RuntimeError(f"a drawing process ended early: {errors.read().decode(errors='replace')[-2000:]}")
+    lines = errors.read().decode(errors="replace").strip().splitlines() or ["it was killed, perhaps for its memory"]
+    return UserError(f"A drawing process ended early ({lines[-1]}); try --processes 1, or a smaller --batch.")
 
 
 def work(lines: IO[str], out: IO[bytes]) -> None:

@@ -16,18 +16,20 @@ import torch
 
 from snowmelt import __version__
 from snowmelt.checkpoint import read_state
-from snowmelt.data.prepared import Prepared
+from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.data.publish import publish
 from snowmelt.device import make_precision, pick_device
 from snowmelt.errors import UserError
 from snowmelt.evaluating.draw import Drawn, Order, draw, seconds_per_picture
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.classes import recognised
-from snowmelt.evaluation.features import Space, open_spaces, real_features
-from snowmelt.evaluation.levels import errors_of, some_of
+from snowmelt.evaluation.features import Space, expected_seconds, open_spaces, real_features
+from snowmelt.evaluation.levels import errors_of
 from snowmelt.evaluation.memorization import Gap, Searched, find_copies, gaps
-from snowmelt.evaluation.metrics import OF_FEATURES, Figure
-from snowmelt.evaluation.statistics import measure, measure_patches
+from snowmelt.evaluation.metrics import METRICS, OF_FEATURES, Figure
+from snowmelt.evaluation.nearest import Rows
+from snowmelt.evaluation.statistics import measure, measure_patches, seconds_expected, seconds_expected_patches
+from snowmelt.models import MODELS, check_drawing
 from snowmelt.models.base import Drawing
 from snowmelt.pictures import picture, save_png, sheet_of_pixels
 from snowmelt.run import Run, is_locked
@@ -37,12 +39,13 @@ SAMPLER, STEPS = "unipc", 15
 """How a diffusion model is drawn from to be measured, when nothing else is asked for: docs/metrics.md says why."""
 ENOUGH = 500
 """Held-out pictures that are a reference of their own; where there are fewer, all pictures are."""
-MOST_REAL = 5000
+MOST_REAL = 10_000
 GAP_PICTURES = 200
 """Held-out and as many training pictures whose errors are compared."""
 SHEET = 100
 """Pictures on the sheet, ten in a row."""
 FOLDER = "quality"
+NO_GAP = "Errors on training and held-out pictures: of this state only the weights that draw were kept."
 
 
 def drawing_of(options: EvaluateOptions) -> Drawing:
@@ -57,11 +60,15 @@ def order_of(run: Run, options: EvaluateOptions) -> Order:
     return Order(str(run.path), options.state, drawing_of(options), options.seed, numbers, options.batch, device)
 
 
-def reference_of(data: Prepared) -> tuple[np.ndarray, str]:
-    """The rows that generated pictures are compared with, and what they are in words."""
-    if len(data.held_out) >= ENOUGH:
-        return some_of(data.held_out, MOST_REAL), "held-out pictures"
-    return some_of(np.arange(len(data.images), dtype=np.int64), MOST_REAL), "all pictures"
+def reference_of(data: Prepared, space: Space | None = None) -> tuple[np.ndarray, str]:
+    """The rows that generated pictures are compared with, and what they are in words.
+
+    Held-out pictures, where there are `ENOUGH` of them and enough for a Frechet distance in `space`; else all.
+    """
+    least = 0 if space is None else 2 * METRICS["frechet"].needed(space.dimension)
+    if len(data.held_out) >= max(ENOUGH, least):
+        return spread_rows(data.held_out, MOST_REAL), "held-out pictures"
+    return spread_rows(np.arange(len(data.images), dtype=np.int64), MOST_REAL), "all pictures"
 
 
 def spaces_of(data: Prepared, options: EvaluateOptions, log: Log) -> list[Space]:
@@ -82,10 +89,8 @@ def measure_quality(run: Run, options: EvaluateOptions, spaces: list[Space], log
     Raises:
         UserError: for what cannot be measured, before anything is drawn.
     """
-    data = run.open_pictures()
-    order = order_of(run, options)
-    checkpoint = run.state_of(options.state)
-    announce(run, order, options, log)
+    data, order, checkpoint = run.open_pictures(), order_of(run, options), run.state_of(options.state)
+    announce(run, order, spaces, options, log)
     drawn = draw(order, options.processes)
     begin = time.monotonic()
     rows, reference = reference_of(data)
@@ -93,13 +98,15 @@ def measure_quality(run: Run, options: EvaluateOptions, spaces: list[Space], log
     if spaces:
         figures += measure_patches(data.images[rows], drawn.pixels, seed=options.seed)
     classes = _classes(data, rows, drawn, spaces, options)
-    missing = list[str]()
+    missing = [f"Classes: {classes['reason']}."] if classes and classes["reason"] else list[str]()
     copies = None
     if "copies" in options.measure:
         try:
             copies = _copies(run, data, drawn, spaces, options)
         except UserError as reason:
             missing.append(str(reason))
+        if copies is not None and not copies["gap"]:
+            missing.append(NO_GAP)
     found = {
         "snowmelt": __version__,
         "run": str(run.path),
@@ -109,7 +116,7 @@ def measure_quality(run: Run, options: EvaluateOptions, spaces: list[Space], log
         "real": len(rows),
         "reference": reference,
         "seed": options.seed,
-        "drawing": order.drawing.as_dict(),
+        "drawing": {} if is_at_once(run) else order.drawing.as_dict(),
         "seconds": {
             "drawing": round(drawn.seconds, 3),
             "per_picture": drawn.seconds / len(drawn.pixels),
@@ -119,7 +126,12 @@ def measure_quality(run: Run, options: EvaluateOptions, spaces: list[Space], log
         "classes": classes,
         "memorization": copies,
         "spaces": {
-            space.name: {"about": space.about, "identity": space.identity, "dimension": space.dimension}
+            space.name: {
+                "about": space.about,
+                "identity": space.identity,
+                "dimension": space.dimension,
+                "reference": reference_of(data, space)[1],
+            }
             for space in spaces
         },
         "not_measured": missing,
@@ -134,30 +146,63 @@ def check_run(run: Run, options: EvaluateOptions) -> None:
     Raises:
         UserError: it is still training, has no such state, or no pictures.
     """
+    check_drawing(drawing_of(options), classes=bool(run.config.data.classes))
+    given = {"sampler": options.sampler, "steps": options.steps}
+    asked = [name for name, value in given.items() if value is not None] + ["guidance"] * (options.guidance != 1)
+    if asked and is_at_once(run):
+        raise UserError(
+            f"{run.path} holds a {run.config.model} model, which draws in a single step; leave --{asked[0]} away."
+        )
     if run.status().get("state") == "training" and is_locked(run.path):
         raise UserError(f"{run.path} is still training; wait for it, or stop it with Ctrl-C and measure what it has.")
     run.state_of(options.state)
     run.open_pictures()
 
 
-def announce(run: Run, order: Order, options: EvaluateOptions, log: Log) -> None:
+def see_real(spaces: list[Space], data: Prepared) -> None:
+    """See all the real pictures that figures and copies will need, so that the cache has them."""
+    for space in spaces:
+        real_features(space, data, reference_of(data, space)[0])
+        if space.name == "trained":
+            real_features(space, data, data.train)
+
+
+def is_at_once(run: Run) -> bool:
+    """Whether the run's family draws in a single step, so that no option of drawing applies."""
+    return MODELS[run.config.model].at_once
+
+
+def announce(run: Run, order: Order, spaces: list[Space], options: EvaluateOptions, log: Log) -> None:
     """Say what is going to be done and about how long it takes."""
-    each = seconds_per_picture(order, options.processes)
-    log(f"Drawing {len(order.numbers):,} pictures of {run.path} takes about {words_of(each * len(order.numbers))}.")
+    drawing = seconds_per_picture(order, options.processes) * len(order.numbers)
+    measuring = seconds_of_measuring(run.open_pictures(), spaces, len(order.numbers), options)
+    log(
+        f"Drawing {len(order.numbers):,} pictures of {run.path} takes about {words_of(drawing)}, measuring them about "
+        f"{words_of(measuring)}."
+    )
+
+
+def seconds_of_measuring(data: Prepared, spaces: list[Space], samples: int, options: EvaluateOptions) -> float:
+    """About how long it takes to see and to compare so many drawn pictures, all real ones included."""
+    real, seconds = len(reference_of(data)[0]), 0.0
+    copies = len(data.train) + len(data.held_out) if "copies" in options.measure else 0
+    for space in spaces:
+        count = max(len(reference_of(data, space)[0]), copies if space.name == "trained" else 0)
+        seconds += expected_seconds(data, (space.name,), count + 2 * samples)
+        seconds += seconds_expected(real, samples, space.dimension)
+    values = data.size**2 * data.channels
+    return seconds + seconds_expected_patches(real, samples, values) * bool(spaces) + 3e-7 * copies * samples
 
 
 def in_spaces(
     spaces: list[Space], data: Prepared, drawn: Drawn, *, seed: int, names: tuple[str, ...] = tuple(OF_FEATURES)
 ) -> list[Figure]:
     """The figures `names` of drawn pictures in every space."""
-    rows, _ = reference_of(data)
-    return [
-        figure
-        for space in spaces
-        for figure in measure(
-            real_features(space, data, rows), space.features(drawn.pixels), space.name, seed=seed, names=names
-        )
-    ]
+    found: list[Figure] = []
+    for space in spaces:
+        real = real_features(space, data, reference_of(data, space)[0])
+        found += measure(real, space.features(drawn.pixels), space.name, seed=seed, names=names)
+    return found
 
 
 def _pixels(array: np.ndarray) -> torch.Tensor:
@@ -170,22 +215,25 @@ def _copies(run: Run, data: Prepared, drawn: Drawn, spaces: list[Space], options
     Raises:
         UserError: there are too few held-out pictures to tell.
     """
-    rows, held_out = data.train, some_of(data.held_out, MOST_REAL)
+    rows, held_out = data.train, spread_rows(data.held_out, MOST_REAL)
+    others = data.images[held_out]
     space = next((space for space in spaces if space.name == "trained"), None)
-
-    def features_of(some: np.ndarray) -> torch.Tensor | None:
-        return None if space is None else real_features(space, data, some)
-
-    mine = None if space is None else space.features(drawn.pixels)
-    found = find_copies(
-        Searched(drawn.pixels, mine),
-        Searched(data.images[rows], features_of(rows)),
-        Searched(data.images[held_out], features_of(held_out)),
-    )
+    if space is None:
+        found = find_copies(Searched(drawn.pixels), Searched(Rows(data.images, rows)), Searched(others))
+    else:
+        found = find_copies(
+            Searched(drawn.pixels, space.features(drawn.pixels), space.features(_mirrored(drawn.pixels))),
+            Searched(Rows(data.images, rows), real_features(space, data, rows)),
+            Searched(others, real_features(space, data, held_out), space.features(_mirrored(others))),
+        )
     pairs = [dataclasses.asdict(pair) | {"training": int(rows[pair.training])} for pair in found.pairs]
     about = dataclasses.asdict(found)
     about["copies"] |= {"count": about.pop("count"), "false_alarms": about.pop("false_alarms")}
     return about | {"pairs": pairs, "gap": [dataclasses.asdict(gap) for gap in _gaps(run, data, options)]}
+
+
+def _mirrored(pixels: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 def _classes(
@@ -199,10 +247,12 @@ def _classes(
 
 def _gaps(run: Run, data: Prepared, options: EvaluateOptions) -> list[Gap]:
     """The errors of the averaged weights on training and on held-out pictures."""
+    if not (run.state_of(options.state) / "optimizer.safetensors").exists():
+        return []
     learner = run.load_learner(make_precision(pick_device(options.device), "fp32"), options.state)
     device = learner.model.precision.device
     train, held_out = (
-        errors_of(learner, data, some_of(rows, GAP_PICTURES), seed=options.seed, device=device)
+        errors_of(learner, data, spread_rows(rows, GAP_PICTURES), seed=options.seed, device=device)
         for rows in (data.train, data.held_out)
     )
     return gaps(train, held_out)

@@ -9,8 +9,14 @@ from rich.table import Table
 
 def quality_tables(found: dict[str, Any]) -> list[Table]:
     """The tables of a figures.json."""
-    tables = [_figures(found)] if found["figures"] else []
+    tables = [_figures(found)] if any(one["value"] is not None for one in found["figures"]) else []
     return [*tables, *(_classes(found) if found["classes"] else []), *(_copies(found) if found["memorization"] else [])]
+
+
+def reasons(found: dict[str, Any]) -> list[str]:
+    """Why some numbers of a figures.json are missing, each sentence once."""
+    told = [f"No {one['title']} ({one['space']}): {one['reason']}" for one in found["figures"] if one["reason"]]
+    return list(dict.fromkeys([*told, *found["not_measured"]]))
 
 
 def short(value: float | None) -> str:
@@ -25,9 +31,7 @@ def _figures(found: dict[str, Any]) -> Table:
     for name in ("value", "95 % interval", "floor: real against real", "better"):
         table.add_column(name, justify="right")
     for one in found["figures"]:
-        if one["value"] is None:
-            table.add_row(one["title"], one["space"], "-", one["reason"], "", one["better"])
-        else:
+        if one["value"] is not None:
             floor = f"{short(one['floor'])} ({short(one['floor_low'])} to {short(one['floor_high'])})"
             interval = f"{short(one['low'])} to {short(one['high'])}"
             table.add_row(one["title"], one["space"], short(one["value"]), interval, floor, one["better"])
@@ -55,7 +59,9 @@ def _copies(found: dict[str, Any]) -> list[Table]:
     table.add_column("")
     table.add_column("share", justify="right")
     table.add_row("near-copies among the drawn", _share([copies["share"], copies["low"], copies["high"]]))
-    table.add_row("the same test's alarms among held-out pictures", f"{copies['false_alarms']:.1%}")
+    twins = found["memorization"]["duplicates"] / max(1, found["memorization"]["held_out"])
+    table.add_row("the same among real held-out pictures: twins", f"{twins:.1%}")
+    table.add_row("the same among real held-out pictures: others", f"{copies['false_alarms']:.1%}")
     table.add_row(
         "nearer to a training picture than held-out ones are", _share([closer[k] for k in ("share", "low", "high")])
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from snowmelt.data.prepared import Prepared
 from snowmelt.evaluation.encoder import said_of, trained
+from snowmelt.evaluation.nearest import Rows
 from snowmelt.evaluation.shares import Share, wilson
 from snowmelt.terminal import console
 
@@ -28,7 +29,7 @@ FEWEST = 50
 """Held-out pictures that it must have been asked about."""
 
 
-def class_probabilities(data: Prepared, pixels: np.ndarray, *, device: torch.device | None = None) -> Tensor:
+def class_probabilities(data: Prepared, pixels: np.ndarray | Rows, *, device: torch.device | None = None) -> Tensor:
     """The probabilities of the classes of `data`, (n, classes), of uint8 pictures (n, height, width, channels)."""
     assert data.classes, "the pictures have classes"
     learned = trained(data, device=device or torch.device("cpu"), log=console().print)
@@ -56,7 +57,7 @@ def recognised(
     real = real if len(real) >= FEWEST else data.held_out
     if len(real) < FEWEST:
         return _without(f"only {len(real)} pictures are held out of training; {FEWEST} are needed to trust the encoder")
-    true = class_probabilities(data, data.images[real], device=device)
+    true = class_probabilities(data, Rows(data.images, real), device=device)
     right = wilson(int((true.argmax(1).numpy() == data.labels[real]).sum()), len(real))
     if right.share < RIGHT:
         return _without(

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from snowmelt.data.pixels import to_images
-from snowmelt.data.prepared import Prepared
+from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.evaluation.cache import cache_folder, digest_of, is_kept, kept, key_of
+from snowmelt.evaluation.nearest import Rows, parts_of
 from snowmelt.networks.encoder import Encoder, Said
 from snowmelt.seeds import generator
 from snowmelt.shapes import Features, Images
@@ -214,13 +215,12 @@ def alike(first: Features, second: Features, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def said_of(encoder: Encoder, pixels: np.ndarray, *, batch: int = 250) -> tuple[Features, Tensor]:
+def said_of(encoder: Encoder, pixels: np.ndarray | Rows, *, batch: int = 250) -> tuple[Features, Tensor]:
     """Features (n, dimension) and log-probabilities of the classes (n, classes) of uint8 (n, h, w, c), on the CPU."""
     device = next(encoder.parameters()).device
     features, classes = list[Tensor](), list[Tensor]()
-    for start in range(0, len(pixels), batch):
-        part = torch.from_numpy(np.array(pixels[start : start + batch])).to(device)
-        said: Said = encoder(shrunk(to_images(part)))
+    for part in parts_of(pixels, batch):
+        said: Said = encoder(shrunk(to_images(torch.from_numpy(np.array(part)).to(device))))
         features.append(said.features.cpu())
         classes.append(F.log_softmax(said.classes, dim=1).cpu())
     return torch.cat(features), torch.cat(classes)
@@ -250,10 +250,5 @@ def _learned(data: Prepared, device: torch.device) -> dict[str, Tensor]:
         encoder = train_encoder(
             data, LESSONS, device=device, told=lambda done, steps: progress.update(task, completed=done, total=steps)
         )
-    standard = standard_of(said_of(encoder, data.images[spread_rows(data.train, STANDARD_PICTURES)])[0])
+    standard = standard_of(said_of(encoder, Rows(data.images, spread_rows(data.train, STANDARD_PICTURES)))[0])
     return {**encoder.state_dict(), "standard.mean": standard.mean, "standard.std": standard.std}
-
-
-def spread_rows(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the rows, evenly from all of them."""
-    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]

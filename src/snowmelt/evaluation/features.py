@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from snowmelt.data.pixels import to_images
-from snowmelt.data.prepared import Prepared
+from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.data.workers import cores
 from snowmelt.errors import UserError, choose
 from snowmelt.evaluation.cache import Published, cache_folder, digest_of, fetched, is_kept, kept, key_of, rows_key
@@ -30,11 +30,11 @@ from snowmelt.evaluation.encoder import (
     encoder_path,
     said_of,
     shrunk,
-    spread_rows,
     standard_of,
     trained,
     training_seconds,
 )
+from snowmelt.evaluation.nearest import Rows, parts_of
 from snowmelt.evaluation.weights import read_weights, sha256_of
 from snowmelt.networks.encoder import RandomEncoder
 from snowmelt.networks.inception import Inception
@@ -102,10 +102,11 @@ def open_spaces(
 
 
 def real_features(space: Space, data: Prepared, rows: np.ndarray) -> Features:
-    """Features of pictures of `data`, (len(rows), dimension); measured once and kept in the cache."""
+    """Features of pictures of `data`, (len(rows), dimension); measured once, in parts, and kept in the cache."""
     facts = {"fingerprint": data.fingerprint, "space": space.identity, "rows": rows_key(rows)}
     path = cache_folder("features") / f"{key_of(facts)}.safetensors"
-    found = kept(path, lambda: {"features": space.features(data.images[rows])})
+    parts = parts_of(Rows(data.images, rows))
+    found = kept(path, lambda: {"features": torch.cat([space.features(part) for part in parts])})
     return found["features"]
 
 
@@ -142,9 +143,9 @@ def in_batches(
     """The network's answers to uint8 pictures (n, height, width, channels), on the CPU."""
     found = list[Tensor]()
     with torch.no_grad():
-        for start in range(0, len(pixels), batch):
-            part = torch.from_numpy(np.array(pixels[start : start + batch]))
-            found.append(network(to_images(part.to(device or "cpu"))).float().cpu())
+        for part in parts_of(pixels, batch):
+            images = to_images(torch.from_numpy(np.array(part)).to(device or "cpu"))
+            found.append(network(images).float().cpu())
     return torch.cat(found)
 
 
@@ -161,11 +162,8 @@ def _trained(sources: Sources) -> Space:
 def _random(sources: Sources) -> Space:
     data = sources.data
     rows = spread_rows(data.train, STANDARD_PICTURES // 4)
-    plain = random_space(data.channels)
-    facts = {"fingerprint": data.fingerprint, "space": plain.identity, "rows": rows_key(rows)}
-    path = cache_folder("features") / f"{key_of(facts)}.safetensors"
-    found = kept(path, lambda: {"features": plain.features(data.images[rows])})
-    return random_space(data.channels, standard_of(found["features"]))
+    found = real_features(random_space(data.channels), data, rows)
+    return random_space(data.channels, standard_of(found))
 
 
 def _inception(sources: Sources) -> Space:
@@ -175,7 +173,8 @@ def _inception(sources: Sources) -> Space:
         path = fetched(INCEPTION)
     network = Inception()
     identity = _load(network, path, "Inception-v3", "--inception")
-    return _published("inception", "Inception-v3 of the usual FID", identity, network, sources.device)
+    what = "of" if identity == INCEPTION.sha256 else "with other weights than those of"
+    return _published("inception", f"Inception-v3 {what} the usual FID", identity, network, sources.device)
 
 
 def _dinov2(sources: Sources) -> Space:
@@ -194,10 +193,12 @@ def _dinov2(sources: Sources) -> Space:
 
 def _load(network: nn.Module, path: Path, what: str, option: str, weights: dict[str, Tensor] | None = None) -> str:
     """Fill the network from the file; the file's digest."""
-    named = path.stem.rpartition("-")[2] if path.name == INCEPTION.name else ""
     digest = sha256_of(path)
-    if not digest.startswith(named):
-        raise UserError(f"{path} is damaged: its SHA-256 does not begin with {named}; fetch it again.")
+    if path.name == INCEPTION.name and digest != INCEPTION.sha256:
+        raise UserError(
+            f"{path} has the name of the usual weights and another SHA-256 (theirs begins with "
+            f"{INCEPTION.sha256[:8]}); fetch it again, or rename it where other weights are meant."
+        )
     try:
         network.load_state_dict(read_weights(path) if weights is None else weights)
     except RuntimeError as error:

@@ -13,11 +13,6 @@ from snowmelt.models.base import Learner
 from snowmelt.seeds import generator
 
 
-def some_of(rows: np.ndarray, most: int) -> np.ndarray:
-    """Up to `most` of the rows, evenly from all of them; the same every time."""
-    return rows[:: max(1, len(rows) // most)][:most]
-
-
 def batch_of(data: Prepared, rows: np.ndarray, device: torch.device) -> Batch:
     """Pictures of the dataset as a learner is given them."""
     images = to_images(torch.from_numpy(np.ascontiguousarray(data.images[rows]))).to(device)

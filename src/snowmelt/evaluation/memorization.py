@@ -4,6 +4,9 @@ A sample is flagged as a copy where it is much nearer to a training picture than
 copies, ever are: where its ratio (`nearest.py`) is below 0.6 of the least of theirs (0.8 from 200 pictures on, one in
 200 left out), or where no region differs by 2 grey levels. Held-out pictures of which the latter is true (mirrored
 twins, the same drawing twice) say nothing about what is usual: they are set aside and counted.
+
+How often the test is wrong is known by cross-fitting: each half of the held-out pictures is tested with the limits that
+the other half sets, since those that set a limit hardly ever fall below it themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +20,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from snowmelt.errors import UserError
-from snowmelt.evaluation.nearest import Nearest, Pictures, averages, nearest_features, nearest_pixels
+from snowmelt.evaluation.nearest import (
+    Averages,
+    Nearest,
+    Pictures,
+    Rows,
+    Training,
+    apart,
+    averages,
+    nearest_features,
+    nearest_pixels,
+)
 from snowmelt.evaluation.shares import Share, wilson
 from snowmelt.shapes import Features
 
@@ -36,10 +49,13 @@ _NORMAL = 1.959964
 
 @dataclass(frozen=True)
 class Searched:
-    """Pictures to compare, and their features where they are to be compared too."""
+    """Pictures to compare (`Rows` of stored ones where there are many), and their features where there are any."""
 
-    pixels: Pictures
+    pixels: Pictures | Rows
     features: Features | None = None
+    mirrored: Features | None = None
+    """Features of their mirror images: of samples and held-out pictures, so that mirrored copies are seen in features
+    too; used where both have them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,9 @@ class Suspect:
     """The row among the training pictures given."""
     flipped: bool
     ratio: float
+    """Of pixels or of features, whichever makes it the more suspicious."""
     distance: float
+    """Grey levels by which the region that differs most does."""
     flagged: bool
 
 
@@ -63,8 +81,10 @@ class Memorization:
     training: int
     copies: Share
     count: int
+    held_out: int
+    """Held-out pictures, without duplicates, that said what is usual."""
     false_alarms: float
-    """The share of held-out pictures, without duplicates, that the same test flags."""
+    """The share of them that is flagged where the other half of them sets the limits."""
     duplicates: int
     """Held-out pictures that were set aside, since they are training pictures to the eye."""
     closer: Share
@@ -98,27 +118,28 @@ def find_copies(samples: Searched, training: Searched, held_out: Searched) -> Me
             f"Copies are told from what is usual by {LEAST} or more held-out pictures, and there are "
             f"{len(held_out.pixels)}; prepare more pictures."
         )
-    known = averages(training.pixels)
-    tests = [tuple(nearest_pixels(averages(side.pixels), known) for side in (samples, held_out))]
+    known, mine = averages(training.pixels), averages(samples.pixels)
+    tests = [(nearest_pixels(mine, known), nearest_pixels(averages(held_out.pixels), known))]
     if samples.features is not None and training.features is not None and held_out.features is not None:
-        tests.append(tuple(nearest_features(side, training.features) for side in (samples.features, held_out.features)))
+        tests.append(_by_features(samples, training.features, held_out))
     ours, theirs = tests[0]
     usual = theirs.distance >= SAME
-    limits = [_limit(others.ratio[usual]) for _, others in tests]
-    suspicions = [some.ratio / limit for (some, _), limit in zip(tests, limits, strict=True)]
-    suspicion = torch.stack([*suspicions, ours.distance / SAME]).amin(0)
-    alarms = torch.stack([others.ratio < limit for (_, others), limit in zip(tests, limits, strict=True)]).any(0)[usual]
+    ratios = [others.ratio[usual] for _, others in tests]
+    suspicions = [some.ratio / _limit(others) for (some, _), others in zip(tests, ratios, strict=True)]
+    suspicions[0] = torch.minimum(suspicions[0], ours.distance / SAME)
+    suspicion = torch.stack(suspicions).amin(0)
     flagged = (suspicion < 1).nonzero()[:, 0].tolist()
     return Memorization(
         samples=len(samples.pixels),
         training=len(training.pixels),
         copies=wilson(len(flagged), len(suspicion)),
         count=len(flagged),
-        false_alarms=alarms.double().mean().item() if len(alarms) else 0.0,
+        held_out=len(ratios[0]),
+        false_alarms=_false_alarms(ratios),
         duplicates=int((~usual).sum().item()),
         closer=_closer(ours, theirs),
         flagged=tuple(flagged),
-        pairs=_suspects(ours, suspicion),
+        pairs=_suspects(_worst([some for some, _ in tests], suspicions), suspicion, mine, known),
     )
 
 
@@ -132,12 +153,50 @@ def gaps(train: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> list[Ga
     return [_gap(name, train[name].double(), held_out[name].double()) for name in train]
 
 
-def _limit(ratios: Tensor) -> float:
-    """The ratio below which a picture is a copy, from those of held-out pictures."""
+def _by_features(samples: Searched, training: Features, held_out: Searched) -> tuple[Nearest, Nearest]:
+    """The nearest training pictures of samples and of held-out pictures; mirrored for both or for neither."""
+    assert samples.features is not None and held_out.features is not None
+    if samples.mirrored is None or held_out.mirrored is None:
+        return nearest_features(samples.features, training), nearest_features(held_out.features, training)
+    return (
+        nearest_features(samples.features, training, samples.mirrored),
+        nearest_features(held_out.features, training, held_out.mirrored),
+    )
+
+
+def _limit(ratios: Tensor, of: int | None = None) -> float:
+    """The ratio below which a picture is a copy, from those of held-out pictures, `of` how many all of them are."""
     if not len(ratios):
         return 1e-9
     least = ratios.sort().values[len(ratios) // MANY].item()
-    return max(1e-9, min(MOST, MARGINS[len(ratios) >= MANY] * least))
+    return max(1e-9, min(MOST, MARGINS[(of or len(ratios)) >= MANY] * least))
+
+
+def _false_alarms(ratios: list[Tensor]) -> float:
+    """The share of held-out pictures that is below a limit set by the other half; every second one is a half."""
+    total = len(ratios[0])
+    if total < 2:
+        return 0.0
+    count = 0
+    for half in range(2):
+        below = [every[half::2] < _limit(every[1 - half :: 2], total) for every in ratios]
+        count += int(torch.stack(below).any(0).sum().item())
+    return count / total
+
+
+def _worst(found: list[Nearest], suspicions: list[Tensor]) -> Nearest:
+    """What the most suspicious test found, for every sample; the first where they agree."""
+    worst, least = found[0], suspicions[0]
+    for other, suspicion in zip(found[1:], suspicions[1:], strict=True):
+        more = suspicion < least
+        worst = Nearest(
+            torch.where(more, other.row, worst.row),
+            torch.where(more, other.flipped, worst.flipped),
+            torch.where(more, other.distance, worst.distance),
+            torch.where(more, other.ratio, worst.ratio),
+        )
+        least = torch.minimum(least, suspicion)
+    return worst
 
 
 def _closer(ours: Nearest, theirs: Nearest) -> Share:
@@ -147,18 +206,14 @@ def _closer(ours: Nearest, theirs: Nearest) -> Share:
     return Share(share, max(0.0, share - reach), min(1.0, share + reach))
 
 
-def _suspects(ours: Nearest, suspicion: Float[Tensor, " samples"]) -> tuple[Suspect, ...]:
-    return tuple(
-        Suspect(
-            sample=sample,
-            training=int(ours.row[sample].item()),
-            flipped=bool(ours.flipped[sample].item()),
-            ratio=ours.ratio[sample].item(),
-            distance=ours.distance[sample].item(),
-            flagged=suspicion[sample].item() < 1,
-        )
-        for sample in suspicion.argsort(stable=True)[:PAIRS].tolist()
-    )
+def _suspects(
+    found: Nearest, suspicion: Float[Tensor, " samples"], mine: Averages, known: Training
+) -> tuple[Suspect, ...]:
+    first = suspicion.argsort(stable=True)[:PAIRS]
+    rows, flipped = found.row[first], found.flipped[first]
+    seen = torch.where(flipped[:, None, None, None], mine[first].flip(3), mine[first])
+    columns = (first, rows, flipped, found.ratio[first], apart(seen, known[rows]), suspicion[first] < 1)
+    return tuple(Suspect(*values) for values in zip(*(column.tolist() for column in columns), strict=True))
 
 
 def _gap(name: str, train: Tensor, held_out: Tensor) -> Gap:

@@ -44,6 +44,8 @@ class Figure:
     """...how many real ones; the floor has the same counts."""
     reason: str
     """Empty, or a sentence that says why there is no number."""
+    error: float | None
+    """Half the width of the interval of `value` before it was cut to what values there can be."""
 
 
 @dataclass(frozen=True)

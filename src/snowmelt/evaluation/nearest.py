@@ -8,7 +8,9 @@ ratio, the distance of the nearest over the mean distance of the 50 that follow,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,12 +24,39 @@ AMONG = 50
 """How many further neighbours say what distance is usual."""
 _CANDIDATES = 64
 """The nearest by root mean square difference of the averages, among which the distance is taken."""
-_CHUNK = 128
-_READING = 4096
+_MOST_AT_ONCE = 128
+"""Pictures that are searched for at a time, or fewer where there are so many training pictures that their..."""
+_MATRIX_BYTES = 1 << 28
+"""...distances would take more than this."""
+_READ_BYTES = 1 << 24
+"""Of stored pictures that are read at a time; four times as much as floats."""
 
-Pictures = UInt8[np.ndarray, "pictures height width channels"]
-Averages = Float[Tensor, "pictures channels rows columns"]
-Values = Float[Tensor, " pictures"]
+Pictures: TypeAlias = UInt8[np.ndarray, "pictures height width channels"]
+Averages: TypeAlias = Float[Tensor, "pictures channels rows columns"]
+Training: TypeAlias = Float[Tensor, "training channels rows columns"]
+Values: TypeAlias = Float[Tensor, " pictures"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of stored pictures, which are read when they are looked at: all of them may not fit in the memory."""
+
+    images: Pictures
+    rows: Int[np.ndarray, " rows"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Pictures:
+        return self.images[self.rows[part]]
+
+
+def parts_of(pictures: Pictures | Rows, most: int | None = None) -> Iterator[Pictures]:
+    """All the pictures, about 16 MB at a time (64 MB as floats), and no more than `most`."""
+    images = pictures.images if isinstance(pictures, Rows) else pictures
+    count = max(1, _READ_BYTES // max(1, int(np.prod(images.shape[1:]))))
+    count = count if most is None else min(most, count)
+    return (pictures[start : start + count] for start in range(0, len(pictures), count))
 
 
 @dataclass(frozen=True)
@@ -44,54 +73,91 @@ class Nearest:
     """`distance` over the mean distance of the next `AMONG` training pictures: near 0 for a copy, at most 1."""
 
 
-def averages(pixels: Pictures) -> Averages:
-    """What pixels are compared by: averages of regions, in grey levels."""
-    parts = [_averages(pixels[start : start + _READING]) for start in range(0, len(pixels), _READING)]
-    return torch.cat(parts)
+def averages(pictures: Pictures | Rows) -> Averages:
+    """What pictures are compared by: averages of regions, in grey levels."""
+    images = pictures.images if isinstance(pictures, Rows) else pictures
+    height, width, channels = images.shape[1:]
+    grid = 16 if min(height, width) > 48 else 8
+    regions = min(grid, height), min(grid, width)
+    found = torch.empty(len(pictures), channels, *regions)
+    done = 0
+    for part in parts_of(pictures):
+        floats = torch.tensor(np.ascontiguousarray(part)).permute(0, 3, 1, 2).float()
+        found[done : done + len(part)] = functional.adaptive_avg_pool2d(floats, regions)
+        done += len(part)
+    return found
 
 
-def nearest_pixels(pictures: Averages, training: Float[Tensor, "training channels rows columns"]) -> Nearest:
+def apart(pictures: Averages, others: Averages) -> Values:
+    """How far apart pictures are, each from its own other: grey levels by which the region that differs most does."""
+    return (pictures - others).abs().flatten(1).amax(1)
+
+
+def nearest_pixels(pictures: Averages, training: Training) -> Nearest:
     """The nearest training pictures, as they are or mirrored, by the `averages` of both."""
-    middle = training.mean(0)
-    known = (training - middle).flatten(1)
-    half_lengths = known.square().sum(1) / 2
-    parts: list[Nearest] = []
-    for some in pictures.split(_CHUNK):
-        both = torch.stack([some, some.flip(3)], 1)
-        products = [(half_lengths - (side - middle).flatten(1) @ known.T) for side in both.unbind(1)]
-        rows = _lowest(torch.minimum(*products), _CANDIDATES)
-        theirs = training.flatten(1)[rows]
-        straight, mirrored = ((side.flatten(1)[:, None] - theirs).abs().amax(2) for side in both.unbind(1))
-        distances, order = torch.minimum(straight, mirrored).sort(dim=1)
-        first = order[:, :1]
-        found = rows.gather(1, first)[:, 0], (mirrored < straight).gather(1, first)[:, 0]
-        parts.append(Nearest(*found, distances[:, 0], _ratio(distances)))
-    return _joined(parts)
+    known = training.flatten(1)
+    lengths = _lengths(known)
+    found: list[Nearest] = []
+    for some in pictures.split(_at_once(len(known))):
+        sides = some.flatten(1), some.flip(3).flatten(1)
+        squares = _squares(sides[0], known, lengths)
+        torch.minimum(squares, _squares(sides[1], known, lengths), out=squares)
+        rows = _lowest(squares, _CANDIDATES)
+        theirs = known[rows]
+        straight, mirrored = ((side[:, None] - theirs).abs().amax(2) for side in sides)
+        found.append(_nearest(rows, straight, mirrored))
+    return _joined(found)
 
 
-def nearest_features(features: Features, training: Float[Tensor, "training values"]) -> Nearest:
-    """The nearest training pictures by their features; what a mirror image is near to is up to the encoder."""
+def nearest_features(
+    features: Features, training: Float[Tensor, "training values"], mirrored: Features | None = None
+) -> Nearest:
+    """The nearest training pictures by their features.
+
+    Args:
+        mirrored: features of the mirror images of the same pictures; each is searched for with the nearer of both.
+    """
     middle = training.mean(0)
     known = training - middle
-    half_lengths = known.square().sum(1) / 2
-    parts: list[Nearest] = []
-    for some in (features - middle).split(_CHUNK):
-        rows = _lowest(half_lengths - some @ known.T, AMONG + 1)
-        distances, order = (some[:, None] - known[rows]).norm(dim=2).sort(dim=1)
-        flipped = torch.zeros(len(some), dtype=torch.bool)
-        parts.append(Nearest(rows.gather(1, order[:, :1])[:, 0], flipped, distances[:, 0], _ratio(distances)))
-    return _joined(parts)
+    lengths = _lengths(known)
+    found: list[Nearest] = []
+    for some in torch.arange(len(features)).split(_at_once(len(known))):
+        sides = [side[some] - middle for side in (features, mirrored) if side is not None]
+        squares = _squares(sides[0], known, lengths)
+        for side in sides[1:]:
+            torch.minimum(squares, _squares(side, known, lengths), out=squares)
+        rows = _lowest(squares, AMONG + 1)
+        distances = [(side[:, None] - known[rows]).norm(dim=2) for side in sides]
+        found.append(_nearest(rows, distances[0], distances[-1]))
+    return _joined(found)
 
 
-def _averages(pixels: Pictures) -> Averages:
-    images = torch.tensor(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float()
-    height, width = images.shape[2:]
-    grid = 16 if min(height, width) > 48 else 8
-    return functional.adaptive_avg_pool2d(images, (min(grid, height), min(grid, width)))
+def _at_once(training: int) -> int:
+    """Pictures searched for at a time: three matrices of them and all training pictures are needed."""
+    return max(1, min(_MOST_AT_ONCE, _MATRIX_BYTES // (3 * 4 * max(1, training))))
+
+
+def _lengths(known: Float[Tensor, "training values"]) -> Float[Tensor, " training"]:
+    return torch.linalg.vector_norm(known, dim=1).square()
+
+
+def _squares(
+    some: Float[Tensor, "some values"], known: Float[Tensor, "training values"], lengths: Float[Tensor, " training"]
+) -> Float[Tensor, "some training"]:
+    """Squared distances, less exact than differences would be: they only choose the candidates."""
+    return torch.addmm(lengths, some, known.T, alpha=-2).add_(some.square().sum(1, keepdim=True))
 
 
 def _lowest(values: Tensor, most: int) -> Tensor:
     return values.topk(min(most, values.shape[1]), largest=False).indices
+
+
+def _nearest(rows: Tensor, straight: Tensor, mirrored: Tensor) -> Nearest:
+    """Of candidates (pictures, candidates) and their distances."""
+    distances, order = torch.minimum(straight, mirrored).sort(dim=1, stable=True)
+    first = order[:, :1]
+    flipped = (mirrored < straight).gather(1, first)[:, 0]
+    return Nearest(rows.gather(1, first)[:, 0], flipped, distances[:, 0], _ratio(distances))
 
 
 def _ratio(ordered: Float[Tensor, "pictures neighbours"]) -> Values:

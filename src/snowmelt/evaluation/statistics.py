@@ -234,7 +234,7 @@ def _reason(metric: Metric, sets: Sets) -> str:
 def _blank(name: str, space: str, drawn: Counts, reason: str) -> Figure:
     metric = METRICS[name]
     nothing = (None, None, None, None, None, None)
-    return Figure(name, metric.title, space, metric.better, *nothing, drawn.fake, drawn.real, reason)
+    return Figure(name, metric.title, space, metric.better, *nothing, drawn.fake, drawn.real, reason, None)
 
 
 def _figure(name: str, space: str, drawn: Counts, draws: Draws) -> Figure:
@@ -256,4 +256,4 @@ def _figure(name: str, space: str, drawn: Counts, draws: Draws) -> Figure:
     low, high = interval(value, error)
     floor_low, floor_high = interval(floor, scatter)
     numbers = (value, low, high, floor, floor_low, floor_high)
-    return Figure(name, metric.title, space, metric.better, *numbers, drawn.fake, drawn.real, "")
+    return Figure(name, metric.title, space, metric.better, *numbers, drawn.fake, drawn.real, "", WIDTH * error)

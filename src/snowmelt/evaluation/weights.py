@@ -3,7 +3,8 @@
 A .safetensors file holds tensors only. The .pth files of torch are pickles, which may run anything when they are
 loaded. Here their instructions are listed, not executed (`pickletools`), and only those that a dictionary of tensors
 needs are understood: dictionaries, tuples, lists, numbers, names, and "this stretch of that storage in this shape".
-Everything else is refused. Both layouts of torch are read: the zip file, and the one before version 1.6.
+Everything else is refused, and so is what would grow far beyond the file: numbers that many tensors share, parts nested
+in parts. Both layouts of torch are read: the zip file, and the one before version 1.6.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ DTYPES = {
 BUILDERS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MOST_INSTRUCTIONS = 1_000_000
+_DEEPEST = 20
+"""Dictionaries, lists and tuples in one another; states need three."""
+_MOST_DIMENSIONS = 16
+_MOST_TIMES, _MOST_MORE = 8, 1 << 20
+"""Bytes that are read and made of a file: so many times its own and so many more; states need three times."""
 
 
 class Refused(ValueError):
@@ -96,6 +102,7 @@ def sha256_of(path: Path) -> str:
 
 def _zipped(path: Path) -> dict[str, Tensor]:
     with zipfile.ZipFile(path) as archive:
+        room = _Room(path)
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise Refused("compressed parts")
         pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
@@ -106,7 +113,7 @@ def _zipped(path: Path) -> dict[str, Tensor]:
             raise ValueError("big-endian numbers")
         with archive.open(pickles[0]) as file:
             state = interpret(file)
-        return _tensors(state, lambda storage: archive.read(f"{folder}data/{storage.key}"))
+        return _tensors(state, lambda storage: archive.read(f"{folder}data/{storage.key}"), room)
 
 
 def _legacy(path: Path) -> dict[str, Tensor]:
@@ -120,24 +127,43 @@ def _legacy(path: Path) -> dict[str, Tensor]:
         if not isinstance(state, dict):
             raise Refused("no dictionary of tensors")
         counts = {stretch.storage.key: stretch.storage for stretch in state.values() if isinstance(stretch, Stretch)}
-        found = dict[str, bytes]()
-        for key in keys:
+        found, room = dict[str, bytes](), _Room(path)
+        for key in map(_text, keys):
             (count,) = struct.unpack("<q", file.read(8))
-            if key not in counts or count != counts[key].elements:
+            if key not in counts or count != counts[key].elements or key in found:
                 raise ValueError("storages that do not fit")
+            room.take(counts[key])
             found[key] = file.read(count * counts[key].dtype.itemsize)
-        return _tensors(state, lambda storage: found[storage.key])
+        return _tensors(state, lambda storage: found[storage.key], room)
 
 
-def _tensors(state: object, read: Callable[[Storage], bytes]) -> dict[str, Tensor]:
+class _Room:
+    """The bytes that may still be made of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.left = _MOST_TIMES * path.stat().st_size + _MOST_MORE
+
+    def take(self, storage: Storage, elements: int | None = None) -> None:
+        """So many elements of a storage, or all of them, are about to be read or copied."""
+        count = storage.elements if elements is None else elements
+        if count < 0:
+            raise ValueError("fewer numbers than none")
+        self.left -= count * storage.dtype.itemsize
+        if self.left < 0:
+            raise Refused("tensors much larger than the file")
+
+
+def _tensors(state: object, read: Callable[[Storage], bytes], room: _Room) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise Refused("no dictionary of tensors")
     kept, found = dict[Storage, Tensor](), dict[str, Tensor]()
     for name, stretch in state.items():
-        if not isinstance(name, str) or not isinstance(stretch, Stretch):
-            raise Refused(f"{name!r} is no tensor")
+        if not isinstance(stretch, Stretch):
+            raise Refused(f"{name[:99]!r} is no tensor")
         if stretch.storage not in kept:
+            room.take(stretch.storage)
             kept[stretch.storage] = _numbers(stretch.storage, read(stretch.storage))
+        room.take(stretch.storage, math.prod(stretch.size))
         found[name] = _placed(stretch, kept[stretch.storage])
     return found
 
@@ -171,6 +197,12 @@ class _Reader:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.depths: dict[int, int] = {}
+        """How deeply each dictionary, list and tuple is nested, by its id..."""
+        self.whole: set[int] = set()
+        """...and those that are part of another, to which nothing is added any more: so none is part of itself."""
+        self.parts: list[Any] = []
+        """All of them, so that no id comes back."""
 
     def read(self, file: Any) -> Any:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
@@ -193,28 +225,44 @@ class _Reader:
 
     def name(self, text: str) -> None:
         if text not in DTYPES and text not in BUILDERS:
-            raise Refused(f"the name {text!r}")
+            raise Refused(f"the name {text[:99]!r}")
         self.push(Name(text))
 
-    def tuple_of(self, count: int) -> None:
-        taken = tuple(self.stack[-count:])
-        del self.stack[-count:]
+    def holds(self, container: Any, values: list[Any]) -> None:
+        """Take note that these values are about to be in the container."""
+        self.whole.update(id(value) for value in values if isinstance(value, dict | list))
+        if id(container) in self.whole:
+            raise Refused("a part of itself")
+        depth = 1 + max((self.depths.get(id(value), 0) for value in values), default=0)
+        if depth > _DEEPEST:
+            raise Refused("parts nested too deeply")
+        self.depths[id(container)] = max(depth, self.depths.get(id(container), 0))
+        self.parts.append(container)
+
+    def tuple_of(self, values: list[Any]) -> None:
+        taken = tuple(values)
+        self.holds(taken, values)
         self.push(taken)
+
+    def last(self, count: int) -> list[Any]:
+        """Take off the last values."""
+        taken = self.stack[-count:]
+        del self.stack[-count:]
+        return taken
 
     def set_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise Refused("items of something else than a dictionary")
+        if not all(isinstance(name, str) for name in flat[::2]):
+            raise Refused("names that are no text")
+        self.holds(target, flat[1::2])
         target.update(zip(flat[::2], flat[1::2], strict=True))
-
-    def set_item(self) -> None:
-        flat = self.stack[-2:]
-        del self.stack[-2:]
-        self.set_items(flat)
 
     def extend(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
             raise Refused("values for something else than a list")
+        self.holds(self.stack[-1], values)
         self.stack[-1].extend(values)
 
     def reduce(self) -> None:
@@ -228,7 +276,7 @@ class _Reader:
         elif function == Name("torch._utils _rebuild_parameter") and isinstance(arguments[0], Stretch):
             self.push(arguments[0])
         else:
-            raise Refused(f"the call of {function!r}")
+            raise Refused(f"the call of {function.text if isinstance(function, Name) else type(function).__name__}")
 
     def build(self) -> None:
         """Attributes: state dictionaries have their `_metadata`, which is left out."""
@@ -246,6 +294,8 @@ class _Reader:
 def _stretch(storage: Any, offset: Any, size: Any, stride: Any) -> Stretch:
     if not isinstance(storage, Storage) or len(size) != len(stride):
         raise Refused("a tensor without a storage")
+    if len(size) > _MOST_DIMENSIONS:
+        raise Refused(f"a tensor of {len(size)} dimensions")
     return Stretch(storage, _whole(offset), tuple(map(_whole, size)), tuple(map(_whole, stride)))
 
 
@@ -296,11 +346,11 @@ INSTRUCTIONS: Mapping[str, Instruction] = {
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda reader, at: reader.push(reader.memo[at])),
     "MARK": lambda reader, _: reader.marks.append(len(reader.stack)),
     "GLOBAL": lambda reader, text: reader.name(text),
-    "TUPLE": lambda reader, _: reader.push(tuple(reader.since_mark())),
-    "TUPLE1": lambda reader, _: reader.tuple_of(1),
-    "TUPLE2": lambda reader, _: reader.tuple_of(2),
-    "TUPLE3": lambda reader, _: reader.tuple_of(3),
-    "SETITEM": lambda reader, _: reader.set_item(),
+    "TUPLE": lambda reader, _: reader.tuple_of(reader.since_mark()),
+    "TUPLE1": lambda reader, _: reader.tuple_of(reader.last(1)),
+    "TUPLE2": lambda reader, _: reader.tuple_of(reader.last(2)),
+    "TUPLE3": lambda reader, _: reader.tuple_of(reader.last(3)),
+    "SETITEM": lambda reader, _: reader.set_items(reader.last(2)),
     "SETITEMS": lambda reader, _: reader.set_items(reader.since_mark()),
     "APPEND": lambda reader, _: reader.extend([reader.stack.pop()]),
     "APPENDS": lambda reader, _: reader.extend(reader.since_mark()),

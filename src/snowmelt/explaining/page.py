@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from snowmelt import __version__
 from snowmelt.pages.markup import fill
-from snowmelt.pages.shell import Page, document, template
+from snowmelt.pages.shell import Page, document, look_of, template
 
 HERE = "snowmelt.explaining"
-SMALL = 96
-"""Photos up to so many pixels wide are shown in squares."""
 
 
 @dataclass(frozen=True)
@@ -47,4 +45,4 @@ def whole(forward: Part, network: Part | None, subject: Subject, size: int) -> b
     values = {"rest": rest, "more_references": more, "version": __version__, "command": html.escape(subject.command)}
     body = fill(template(HERE, "forward.html"), {**forward.values, **values})
     title = f"{html.escape(subject.photo)}: a photo in a diffusion model"
-    return document(Page("explain", title, template(HERE, "explain.css"), body, "pixels" if size <= SMALL else "photo"))
+    return document(Page("explain", title, template(HERE, "explain.css"), body, look_of(size)))

@@ -33,8 +33,13 @@ from snowmelt.seeds import generator
 class Family:
     """How to build the model of a configuration, and the learner of that model."""
 
-    model: Callable[[Config, Precision], Model]
+    model: type[DiffusionModel] | type[VAEModel] | type[GANModel]
     learner: Callable[[Any], Learner]
+
+    @property
+    def at_once(self) -> bool:
+        """Whether its models draw in a single step."""
+        return self.model.at_once
 
 
 MODELS: dict[str, Family] = {

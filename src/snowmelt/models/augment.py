@@ -10,7 +10,8 @@ distribution of changed pictures that of the pictures can be told: as a map betw
   characteristic function is positive;
 - cutout: a square set to mid-grey, which loses what it hides; but a share of at least 1 - p hides nothing.
 
-Mirroring and turning are not among them: half of mirrored pictures cannot be told from a mirrored half.
+Mirroring and turning are not among them: where half of all pictures are mirrored, nobody can tell which half (in the
+above, mirroring has an eigenvalue of -1, so that of the map is 1 - 2 p: zero at p = 1/2).
 (Karras et al. 2020, arXiv:2006.06676, section 2.2 and appendix C.)
 """
 
@@ -101,7 +102,10 @@ def _normal(like: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw_change(count: int, size: int, probability: float, rng: torch.Generator) -> Change:
-    """A change of `count` pictures of side `size`: each of `AUGMENTATIONS` with `probability`, in their order."""
+    """A change of `count` pictures of side `size`: each of `AUGMENTATIONS` with `probability`, in their order.
+
+    The change takes pictures in [-1, 1] and may leave that range; it is the same whenever it is applied.
+    """
     if not probability:
         return lambda x: x
     changes: list[Change] = []

@@ -25,10 +25,11 @@ PATCH, PROJECTIONS = 5, 24
 
 
 def patch_distance(images: Images, others: Images, rng: torch.Generator) -> Level:
-    """How unlike the patches of each picture are to those of the other one, wherever in it they are.
+    """How unlike the patches of each picture are to those of the other one, wherever in it they are: a mean, from 0.
 
-    The sliced Wasserstein distance: patches are looked at from random directions, and their sorted values compared. A
-    blurred picture lacks the large values, so this sharpens, while the places of the details are left free.
+    The sliced Wasserstein distance: patches are looked at from random directions of length 1 (the same for all
+    pictures), and their sorted values compared. A blurred picture lacks the large values, so this sharpens, while the
+    places of the details are left free. Pictures in [-1, 1], at least `PATCH` pixels a side.
     """
     shape = (PROJECTIONS, images.shape[1], PATCH, PATCH)
     directions = torch.randn(shape, generator=rng, device=images.device)
@@ -50,7 +51,7 @@ class Critic:
         self.optimizer = Optimizer(self.network, config.training)
 
     def opinion(self, images: Images) -> Tensor:
-        """High where patches look real."""
+        """(batch, 1, down, across), high where patches look real, for pictures in [-1, 1]."""
         with self.precision.autocast():
             return self.network(images).float()
 

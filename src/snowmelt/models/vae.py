@@ -6,7 +6,8 @@
 
 A fresh z becomes a new picture; the mean of q(z | x), scaled to variance 1, is the latent of a codec. The decoder's
 variance weighs the two terms against each other, so it is part of the model and never a constant. With one prior for
-all classes an encoder would have to forget the class first, which saves 3 bits of 100 and is not learned in minutes.
+all classes an encoder would have to forget the class first, which saves 3.3 bits of some 80 (MNIST) and is not learned
+in minutes.
 (Kingma & Welling 2013, arXiv:1312.6114; Sohn et al. 2015 for the prior of a class; Rybkin et al. 2021,
 arXiv:2006.13202, for the variance; Kingma et al. 2016, arXiv:1606.04934, for the free bits.)
 """

@@ -71,23 +71,20 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """An encoder, a decoder and what both are told of the class.
+    """An encoder, which says two numbers of each latent, a decoder, and what both are told of the class.
 
     Args:
         size: of the pictures, a multiple of `config.divisor`.
         channels: of the pictures.
         classes: how many; 0 for none, and then both are told a constant.
-        values: numbers that the encoder says of each latent.
         answers: numbers that the decoder says of each value of a picture.
     """
 
-    def __init__(
-        self, config: VAEConfig, *, size: int, channels: int, classes: int, values: int = 2, answers: int = 1
-    ) -> None:
+    def __init__(self, config: VAEConfig, *, size: int, channels: int, classes: int, answers: int = 1) -> None:
         super().__init__()
         side = size // config.divisor
         self.classes = classes
-        self.encoder = Encoder(config, channels=channels, side=side, out=values * config.latents)
+        self.encoder = Encoder(config, channels=channels, side=side, out=2 * config.latents)
         self.decoder = Decoder(config, side=side, out=answers * channels)
         self.class_embedding = nn.Embedding(max(1, classes), _told(config))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snowmelt.pages.markup import number, plain
-from snowmelt.pages.reading import finite, whole
+from snowmelt.pages.reading import finite, table_of, whole
 
 WORDS = {
     "frechet": "how far the drawn pictures as a whole lie from the real ones",
@@ -25,8 +25,13 @@ SPACES = {
     "dinov2": "Seen by DINOv2",
     "pixels": "Pixel by pixel",
 }
-ASPECTS = {"quality": ("frechet", "kid", "precision", "density", "patches"), "diversity": ("recall", "coverage")}
-"""What the metrics look at."""
+BAND = (
+    "The grey band is what <em>real</em> pictures get against other real ones. No distance can honestly be below it; "
+    "precision and density can be above it, since blurred or all too usual pictures stray less than real ones do."
+)
+"""How to read it; HTML."""
+ALL = "all pictures"
+"""The reference of an evaluation where few pictures are held out."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,11 @@ def measures_of(figures: Any) -> list[Measure]:
 
 def interval(low: float | None, high: float | None) -> str:
     """An interval in words."""
-    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+    if low is None or high is None:
+        return ""
+    # The digits of a very small end say nothing beside a large one.
+    small = abs(low) < 1e-3 <= abs(high)
+    return f"{number(round(low, 3) if small else low)} to {number(high)}"
 
 
 def with_interval(value: float | None, low: float | None, high: float | None) -> str:
@@ -104,11 +113,20 @@ def with_interval(value: float | None, low: float | None, high: float | None) ->
 
 def share_with_interval(part: dict[str, Any]) -> str:
     """A share as a percentage, with its interval below it."""
+    value, between = share_words(part)
+    return f"<b>{value}</b>" + (f'<small class="interval">{between}</small>' if between else "")
+
+
+def share_words(part: dict[str, Any]) -> tuple[str, str]:
+    """A share as a percentage, and its interval; plain text."""
     value, low, high = (finite(part.get(key)) for key in ("share", "low", "high"))
-    if value is None:
-        return "–"
-    between = "" if low is None or high is None else f"{100 * low:.1f} to {percent(high)}"
-    return f"<b>{percent(value)}</b>" + (f'<small class="interval">{between}</small>' if between else "")
+    between = "" if value is None or low is None or high is None else f"{100 * low:.1f} to {percent(high)}"
+    return percent(value), between
+
+
+def share_of(values: Any) -> dict[str, Any]:
+    """The share and its interval from a list of three numbers; empty for anything else."""
+    return dict(zip(("share", "low", "high"), values, strict=False)) if isinstance(values, list) else {}
 
 
 def percent(share: float | None) -> str:
@@ -116,9 +134,47 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
+def twins_share(memorization: dict[str, Any]) -> float | None:
+    """The share of real held-out pictures that are training pictures to the eye; None where it is not known."""
+    twins, others = finite(memorization.get("duplicates")), finite(memorization.get("held_out"))
+    return None if twins is None or others is None or twins + others <= 0 else twins / (twins + others)
+
+
+def drawing_words(drawing: Any) -> str:
+    """How pictures were drawn; empty where that is not known, plain text."""
+    if not isinstance(drawing, dict):
+        return ""
+    said = ", ".join(f"{name} {value}" for name, value in drawing.items() if value not in (None, "", []))
+    return f"with {said}" if said else "in a single step"
+
+
+def learned_from(quality: dict[str, Any]) -> str:
+    """A sentence where drawn pictures are compared with such as were learned from; empty elsewhere, plain text."""
+    spaces = list(dict.fromkeys(one.space for one in measures_of(quality.get("figures")) if one.value is not None))
+    found = [space for space in spaces if reference_of(quality, space) == ALL]
+    if not found:
+        return ""
+    where = "" if len(found) == len(spaces) else f" ({', '.join(SPACES.get(one, one).lower() for one in found)})"
+    return (
+        f"Few pictures are held out, so drawn ones are compared with all pictures{where}, most of which were learned "
+        "from: a model that copies would look good by these numbers. Copies are counted separately, below."
+    )
+
+
+def reference_of(quality: dict[str, Any], space: str) -> str:
+    """What drawn pictures are compared with in a space: held-out pictures or all pictures."""
+    own = table_of(table_of(quality.get("spaces")).get(space)).get("reference")
+    return str(own or quality.get("reference") or "real pictures")
+
+
 def space_title(space: str) -> str:
     """What a feature space is, as a heading."""
     return SPACES.get(space, f"Seen in the space {plain(space)}")
+
+
+def time_words(seconds: float) -> str:
+    """A short time, in milliseconds where it is less than a tenth of a second."""
+    return f"{number(1000 * seconds)} ms" if seconds < 0.1 else f"{number(seconds)} s"
 
 
 def common_reason(figures: list[Measure]) -> str:

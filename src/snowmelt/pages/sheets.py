@@ -34,7 +34,7 @@ def pairs_of(pairs: list[dict[str, Any]], folder: Path, most: int) -> str:
 
 def _pair(folder: Path, index: int, one: dict[str, Any]) -> str:
     sample, training = whole(one.get("sample")), whole(one.get("training"))
-    flags = ["<b>a copy</b>"] if one.get("flagged") is True else []
+    flags = ["<b>called a copy</b>"] if one.get("flagged") is True else []
     flags += ["mirrored"] if one.get("flipped") is True else []
     ratio = finite(one.get("ratio"))
     flags += [] if ratio is None else [f"ratio {number(ratio)}"]

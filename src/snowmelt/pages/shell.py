@@ -14,6 +14,8 @@ from snowmelt import __version__
 from snowmelt.pages.markup import fill
 
 HERE = "snowmelt.pages"
+SMALL = 96
+"""Pictures up to so many pixels wide are shown in squares."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Page:
     body: str
     look: str = "photo"
     """pixels where pictures are shown in squares, or photo."""
+
+
+def look_of(size: int) -> str:
+    """The look of a page with pictures so many pixels wide."""
+    return "pixels" if size <= SMALL else "photo"
 
 
 def template(package: str, name: str) -> str:

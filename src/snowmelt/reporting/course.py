@@ -34,6 +34,14 @@ OWN = {
 WORDS = {
     "KL bits": "what the description of a picture costs, bits for each value",
     "reconstruction bits": "what the rest of a picture costs, bits for each value",
+    "squared error": "of pictures made again from their description; black is −1, white is 1",
+    "active latents": "how many numbers of the description tell anything",
+    "reconstruction": "what the rest of a training picture costs, bits for each value",
+    "kl": "the cost of the description of training pictures, bits for each value",
+    "critic": "the loss of the critic; 0.69 is a tie",
+    "critic score": "what the critic thinks of held-out pictures",
+    "r1": "how steep the critic is at real pictures, squared",
+    "r2": "how steep the critic is at drawn pictures, squared",
     "spread": "how different the drawn pictures are, as a share of how different real ones are",
 }
 
@@ -109,9 +117,7 @@ def course(run: Run) -> str:
         f'<figure class="chart">{svg(chart, f"course{index}", chart.title)}<figcaption>{words}</figcaption></figure>'
         for index, (chart, words) in enumerate(panels)
     )
-    rollbacks = sum("rollback" in line for line in metrics)
-    note = f"<p>The run went back to an earlier state {rollbacks} times.</p>" if rollbacks else ""
-    return f'<div class="charts wide">{charts}</div>{_last(metrics)}{note}'
+    return f'<div class="charts wide">{charts}</div>{_last(metrics)}'
 
 
 Panel = tuple[Chart, str]

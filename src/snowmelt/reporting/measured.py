@@ -10,14 +10,20 @@ from snowmelt.evaluation.curves import ERROR
 from snowmelt.pages.charts import Line, lines_chart, svg
 from snowmelt.pages.markup import details, items, number, plain, table
 from snowmelt.pages.measures import (
+    BAND,
     Measure,
     bar,
     common_reason,
+    drawing_words,
+    learned_from,
     measures_of,
     metric_name,
     percent,
+    share_of,
     share_with_interval,
     space_title,
+    time_words,
+    twins_share,
     value_cell,
     with_interval,
 )
@@ -28,6 +34,12 @@ from snowmelt.terminal import words_of
 
 PAIRS, SHEET = 16, 400_000
 """Pairs shown; bytes of the sheet of samples."""
+WORSE = {
+    "held_out_loss": "loss",
+    "reconstruction bits": "bits of the reconstruction",
+    "squared error": "squared error",
+}
+"""Errors beside those by level that are larger where a picture is not known by heart."""
 
 
 def measured(run: Run) -> str:
@@ -65,22 +77,23 @@ def _how(found: dict[str, Any]) -> str:
     seconds = {
         name: value for name, one in table_of(found.get("seconds")).items() if (value := finite(one)) is not None
     }
-    drawing = ", ".join(
-        f"{name} {value}" for name, value in table_of(found.get("drawing")).items() if value not in (None, "")
-    )
+    drawing = drawing_words(found.get("drawing"))
     total = sum(value for name, value in seconds.items() if name != "per_picture")
     sentences = [
         f"<b>{whole(found.get('samples')):,} drawn pictures</b> were compared with "
         f"<b>{whole(found.get('real')):,} {plain(found.get('reference', 'real pictures'))}</b>.",
-        f"Drawing took {number(seconds['per_picture'])} s for each picture." if "per_picture" in seconds else "",
+        f"Drawing took {time_words(seconds['per_picture'])} for each picture." if "per_picture" in seconds else "",
         f"All of it took {words_of(total)}." if total else "",
     ]
     facts = [
         f"checkpoint {plain(found.get('checkpoint', '?'))}",
         f"seed {plain(found.get('seed', '?'))}",
-        f"drawn with {plain(drawing)}" if drawing else "",
+        f"drawn {plain(drawing)}" if drawing else "",
     ]
-    return f"<p>{' '.join(sentences)}</p><p class='small'>{' · '.join(fact for fact in facts if fact)}</p>"
+    small = "".join(
+        f"<p class='small'>{line}</p>" for line in (" · ".join(filter(None, facts)), learned_from(found)) if line
+    )
+    return f"<p>{' '.join(sentences)}</p>{small}"
 
 
 def _figures(found: dict[str, Any]) -> str:
@@ -89,10 +102,7 @@ def _figures(found: dict[str, Any]) -> str:
     if not figures:
         return "<p>No figures were written down.</p>"
     spaces = table_of(found.get("spaces"))
-    parts: list[str] = [
-        "<p>A number alone says little. Below each stands its 95 % interval, and the grey band is what <em>real</em> "
-        "pictures get against other real ones: nothing can honestly be better.</p>"
-    ]
+    parts: list[str] = [f"<p>A number alone says little. Below each stands its 95 % interval. {BAND}</p>"]
     for space in dict.fromkeys(one.space for one in figures):
         about = plain(table_of(spaces.get(space)).get("about", ""))
         parts.append(f"<h3>{space_title(space)}</h3>{f'<p class=small>{about}</p>' if about else ''}")
@@ -123,6 +133,8 @@ def _counts(samples: int, real: int) -> str:
 def _classes(found: dict[str, Any]) -> str:
     if not found:
         return ""
+    if reason := str(found.get("reason") or ""):
+        return f'<h3>Classes</h3><p class="odd">{plain(reason[:1].upper() + reason[1:].rstrip("."))}.</p>'
     balance, real = table_of(found.get("balance")), table_of(found.get("balance_real"))
     rows = [
         [
@@ -144,25 +156,25 @@ def _classes(found: dict[str, Any]) -> str:
 
 def _triple(found: Any) -> str:
     """A share with its interval."""
-    values = [finite(one) for one in found] if isinstance(found, list) else []
-    return share_with_interval(dict(zip(("share", "low", "high"), values, strict=False))) if values else "–"
+    return share_with_interval(share_of(found))
 
 
 def _memory(found: dict[str, Any], folder: Path) -> str:
     if not found:
         return ""
     copies, closer = table_of(found.get("copies")), table_of(found.get("closer"))
-    alarms = finite(copies.get("false_alarms"))
+    alarms, twins = finite(copies.get("false_alarms")), twins_share(found)
     rows = [
-        ["Copies of training pictures", share_with_interval(copies)],
-        ["Held-out pictures that the same test would call copies", percent(alarms)],
+        ["Copies of training pictures among the drawn ones", share_with_interval(copies)],
+        ["Twins: real held-out pictures that are training pictures too", percent(twins)],
+        ["Other held-out pictures that the same test would call copies", percent(alarms)],
         ["Nearer to a training picture than a typical held-out one is", share_with_interval(closer)],
     ]
     counts = f"{whole(found.get('samples')):,} drawn against {whole(found.get('training')):,} training pictures"
     return (
         "<h3>Does it copy?</h3><p>Every drawn picture was held against all training pictures, mirrored ones too "
-        f"({counts}). A model that copies nothing has no more copies than held-out pictures have, and half of its "
-        f"pictures are nearer than a typical held-out one.</p>{table(['', 'share'], rows, 'Copies')}"
+        f"({counts}). A model that copies nothing has about as many copies as there are twins among real pictures, and "
+        f"half of its pictures are nearer than a typical held-out one.</p>{table(['', 'share'], rows, 'Copies')}"
         + or_reason(lambda: _gap(tables(found.get("gap"))), "The gap of the errors")
         + or_reason(lambda: _pairs(tables(found.get("pairs")), folder / "pairs"), "The most suspicious pairs")
     )
@@ -170,12 +182,17 @@ def _memory(found: dict[str, Any], folder: Path) -> str:
 
 def _gap(gaps: list[dict[str, Any]]) -> str:
     """Held-out less training error, by level where there are levels."""
-    if not gaps:
-        return ""
     keys = ("train", "held_out", "difference", "low", "high")
     found = [(str(one.get("name", "")), [finite(one.get(key)) for key in keys]) for one in gaps]
+    found = [(name, values) for name, values in found if name in WORSE or name.startswith(ERROR)]
+    if not found:
+        return ""
     rows = [
-        [plain(name), *("–" if one is None else number(one) for one in values[:2]), with_interval(*values[2:])]
+        [
+            plain(WORSE.get(name, name)),
+            *("–" if one is None else number(one) for one in values[:2]),
+            with_interval(*values[2:]),
+        ]
         for name, values in found
     ]
     listed = details("The errors in numbers", table(["", "training", "held out", "difference"], rows, "Errors"))

@@ -9,17 +9,15 @@ from typing import Any
 from snowmelt import __version__
 from snowmelt.pages.markup import code, details, fill, items, plain
 from snowmelt.pages.reading import finite, or_reason, whole
-from snowmelt.pages.shell import Page, document, template
+from snowmelt.pages.shell import Page, document, look_of, template
 from snowmelt.reporting.course import course, previews
 from snowmelt.reporting.data import data_sheet
 from snowmelt.reporting.measured import measured
 from snowmelt.reporting.shown import hero, samples
-from snowmelt.run import Run
+from snowmelt.run import Run, is_locked
 from snowmelt.terminal import words_of
 
 HERE = "snowmelt.reporting"
-SMALL = 96
-"""Pictures up to so many pixels wide are shown in squares."""
 FAMILIES = {
     "diffusion": "a diffusion model: it turns noise into pictures, step by step",
     "vae": "a variational autoencoder (VAE): it puts pictures into a few numbers, and draws new ones from such numbers",
@@ -53,7 +51,7 @@ def report_page(run: Run) -> bytes:
         "sections": sections,
         "version": __version__,
     }
-    look = "pixels" if run.config.data.size <= SMALL else "photo"
+    look = look_of(run.config.data.size)
     body = fill(template(HERE, "report.html"), values)
     return document(Page("report", f"{name}: a run of Snowmelt", template(HERE, "report.css"), body, look))
 
@@ -61,19 +59,26 @@ def report_page(run: Run) -> bytes:
 def state_of(run: Run) -> str:
     """How far the run is, in a sentence."""
     status = run.status()
-    state, step, horizon = str(status.get("state", "")), whole(status.get("step")), whole(status.get("horizon"))
+    state, step, horizon = stage_of(run), whole(status.get("step")), whole(status.get("horizon"))
     where = f"step {step:,}"
     if horizon > step:
         where += f" of {horizon:,} ({step / horizon:.0%} of the way)"
     sentences = {
         "finished": f"The training is finished, after {step:,} steps.",
         "training": f"The run is still training: {where} when it last said so.",
+        "interrupted": f"The training was interrupted after {where}; it can be continued.",
         "stopped": f"The training was stopped at {where}; it can be continued.",
         "failed": f"The training failed at {where}: {str(status.get('error', 'no reason was given')).rstrip('.')}.",
     }
     if state in sentences:
         return sentences[state]
     return f"The run says of itself: {state}." if state else "The run has not said anything of itself."
+
+
+def stage_of(run: Run) -> str:
+    """What the run says it is doing; interrupted where it says training and nobody is at it."""
+    state = str(run.status().get("state", ""))
+    return "interrupted" if state == "training" and not is_locked(run.path) else state
 
 
 def facts(run: Run) -> str:
@@ -95,8 +100,6 @@ def facts(run: Run) -> str:
 def alarms(run: Run) -> str:
     """What the run warned of while it trained; nothing where it did not."""
     said = [line for line in run.metrics() if isinstance(line.get("alarm"), str)]
-    if isinstance(alarm := run.status().get("alarm"), str):
-        said.append({"alarm": alarm, "text": run.status().get("text", "")})
     if not said:
         return ""
     words = {
@@ -115,7 +118,7 @@ def alarms(run: Run) -> str:
 def settings(run: Run) -> str:
     """Commands, versions, and config.toml, folded."""
     path = shlex.quote(str(run.path))
-    unfinished = run.status().get("state") in ("training", "stopped", "failed")
+    unfinished = stage_of(run) in ("interrupted", "stopped", "failed")
     lines = [
         *([f"snowmelt train --resume {path}        # continue"] if unfinished else []),
         f"snowmelt sample {path} --grid        # draw more pictures",

@@ -18,8 +18,9 @@ from snowmelt.shapes import Pixels
 SURE = 2.0
 """A gap counts when it is so many times as wide as its interval reaches: about four standard errors, since a run looks
 for it a dozen times and should not cry wolf once in its life."""
-ALIKE = 0.3
-"""Spread of drawn pictures, as a share of that of real ones, below which they have collapsed."""
+ALIKE = 0.5
+"""Spread of drawn pictures, as a share of that of real ones, below which they have collapsed: GANs of MNIST that had
+were seen at 0.29 to 0.45, healthy ones at 0.74 to 0.85 (one seed each)."""
 EARLIEST = 0.2
 """Share of the training before which pictures may be alike: nothing has been learned yet."""
 

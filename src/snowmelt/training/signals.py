@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from snowmelt.errors import Stopped
+
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -22,6 +24,29 @@ class Stop:
     def requested(self) -> bool:
         """True from the first signal on."""
         return self.signal is not None
+
+
+@contextmanager
+def stopping(message: str) -> Generator[None]:
+    """Within it SIGTERM, like Ctrl-C, ends the work at once and cleanly, with `Stopped` and this message.
+
+    For work that keeps what is done and can be begun again; `catch_signals` is for work that must first save.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise Stopped(message, number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(message, signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from snowmelt import checkpoint
 from snowmelt.data.pixels import to_pixels
-from snowmelt.data.prepared import Prepared
+from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.device import memory_in_use
 from snowmelt.ema import Average
 from snowmelt.evaluation.curves import plot_curves
-from snowmelt.evaluation.levels import batch_of, errors_of, some_of
+from snowmelt.evaluation.levels import batch_of, errors_of
 from snowmelt.evaluation.memorization import gaps
 from snowmelt.models.base import Drawing, Learner
 from snowmelt.pictures import moments_of, save_png, sheet, strip
@@ -42,6 +42,8 @@ PREVIEW = Drawing(steps=15)
 FINAL = Drawing(steps=50)
 HELD_OUT = 48
 """Held-out pictures, and as many training pictures, looked at for each preview."""
+LOSS = "held_out_loss"
+"""The error that every family measures by this name, on training pictures too."""
 SHOWN = 8
 """Rows of what only one family can show."""
 WATCH_SHARE = 0.08
@@ -184,7 +186,7 @@ class Watch:
         ]
 
     def _shows(self) -> dict[str, list[Images]]:
-        held_out = batch_of(self.data, some_of(self.data.held_out, SHOWN), self.device)
+        held_out = batch_of(self.data, spread_rows(self.data.held_out, SHOWN), self.device)
         numbers, shape = range(len(held_out.images)), tuple(held_out.images.shape[1:])
         noise = noise_source([self.run.config.training.seed] * len(numbers), numbers, shape, self.device)
         return self.learner.model.shows(noise, held_out) if numbers else {}
@@ -193,23 +195,29 @@ class Watch:
         """The errors on held-out and on training pictures, and how different the drawn pictures are."""
         held_out, train = (self._errors(rows) for rows in (self.data.held_out, self.data.train))
         line: dict[str, float] = {name: round(values.mean().item(), 7) for name, values in held_out.items()}
-        gap = next(gap for gap in gaps(train, held_out) if gap.name == "held_out_loss")
-        line |= {"train_loss": round(gap.train, 7), "spread": round(self._spread(drawn), 4)}
-        self._say_alarms(progress, by_heart=learned_by_heart(gap), spread=line["spread"])
+        line |= {"train_loss": round(train[LOSS].mean().item(), 7), "spread": round(self._spread(drawn), 4)}
+        if min(len(train[LOSS]), len(held_out[LOSS])) > 1:  # fewer have no deviation, and no gap is beyond doubt
+            (gap,) = gaps({LOSS: train[LOSS]}, {LOSS: held_out[LOSS]})
+            self._say_by_heart(progress, learned_by_heart(gap))
+        self._say_collapse(progress, line["spread"])
         self.run.append_metrics({"step": progress.step, "images": progress.images} | line)
 
     def _errors(self, rows: np.ndarray) -> dict[str, Tensor]:
         seed = self.run.config.training.seed
-        return errors_of(self.learner, self.data, some_of(rows, HELD_OUT), seed=seed, device=self.device)
+        return errors_of(self.learner, self.data, spread_rows(rows, HELD_OUT), seed=seed, device=self.device)
 
     def _spread(self, drawn: Images) -> float:
         classes = min(10, len(self.run.config.data.classes))
         return spread_ratio(to_pixels(drawn), self.data, columns=self._columns(), classes=classes)
 
-    def _say_alarms(self, progress: Progress, *, by_heart: bool, spread: float) -> None:
-        """Warn once of each; until pictures are learned by heart, keep the average weights of the last good moment."""
-        before = {line["alarm"] for line in self.run.metrics() if "alarm" in line}
-        if by_heart and "memorization" not in before:
+    def _said(self, name: str) -> bool:
+        return any(line.get("alarm") == name for line in self.run.metrics())
+
+    def _say_by_heart(self, progress: Progress, by_heart: bool) -> None:
+        """Warn once; until pictures are learned by heart, keep the average weights of the last good moment."""
+        if self._said("memorization"):
+            return
+        if by_heart:
             kept = checkpoint.steps_saved(self.run.before)
             where = (
                 f"`snowmelt sample {self.run.path} --state before` draws as it was at step {kept[-1]}" if kept else ""
@@ -220,18 +228,21 @@ class Watch:
                 "The network begins to know its training pictures by heart (its errors on held-out pictures are larger "
                 f"beyond doubt): more pictures help, or less training{'; ' + where if where else ''}.",
             )
-        elif not by_heart and "memorization" not in before:
+        else:
             self.run.before.mkdir(exist_ok=True)
             checkpoint.save(
                 self.run.before, progress.step, {"average": self.average.state()}, progress.as_dict(), keep=1
             )
+
+    def _say_collapse(self, progress: Progress, spread: float) -> None:
+        """Warn once."""
         horizon = self.plan.horizon(progress.step) or 0
-        if spread < ALIKE and 0 < EARLIEST * horizon <= progress.step and "collapse" not in before:
+        if spread < ALIKE and 0 < EARLIEST * horizon <= progress.step and not self._said("collapse"):
             self._alarm(
                 progress,
                 "collapse",
-                f"The drawn pictures are nearly all alike (they differ {spread:.0%} as much as real ones): the model "
-                "has collapsed, or has learned little yet.",
+                f"The drawn pictures are much alike (they differ {spread:.0%} as much as real ones): the model has "
+                "collapsed, or has learned little yet.",
             )
 
     def _alarm(self, progress: Progress, name: str, text: str) -> None:
