@@ -137,7 +137,8 @@ def _classes(runs: list[Run], table: list[dict[str, Any]]) -> str:
     if not parts:
         return ""
     said = f"Pictures that are recognised as the class they were drawn as: {', '.join(parts)}{real}."
-    first = max(known, key=lambda pair: pair[1][0])[0]["name"]
+    easy: dict[str, float] = {run["name"]: share[0] for run, share in known}
+    first = max(easy, key=easy.__getitem__)
     behind = [row for row in table if row["metric"] in DISTANCES and first not in row["order"][0]]
     if len(behind) > 1:
         said += (
