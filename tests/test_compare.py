@@ -167,7 +167,7 @@ def digits(tmp_path_factory) -> dict[str, Path]:
     assert cli(["prepare", "builtin:digits", "--out", str(folder / "data"), "--size", "8"]) == 0
     runs = {family: folder / family for family in ("vae", "gan", "diffusion")}
     for family, path in runs.items():
-        words = ["train", str(folder / "data"), "--model", family, "--steps", "3", "--out", str(path)]
+        words = ["train", str(folder / "data"), "--model", family, "--steps", "1", "--out", str(path)]
         assert cli([*words, "--precision", "fp32"]) == 0
     other = [
         "train",
@@ -231,7 +231,7 @@ def test_finished_runs_are_compared(digits, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["vae", "gan", "diffusion"]
     for run in found["runs"]:
-        assert run["quality"]["samples"] == 120 and run["parameters"] > 1000 and run["steps"] == 3
+        assert run["quality"]["samples"] == 64 and run["parameters"] > 1000 and run["steps"] == 1
         assert (tmp_path / "out" / run["sheet"]).is_file()
         assert run["over_time"][-1]["share"] == 1.0
     # A GAN has no likelihood; the others have.
