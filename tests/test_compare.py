@@ -226,7 +226,7 @@ def test_finished_runs_are_compared(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("SNOWMELT_CACHE", str(tmp_path / "cache"))
     words = ["compare", *(str(digits[name]) for name in ("vae", "gan", "diffusion"))]
     assert (
-        cli([*words, "--samples", "120", "--spaces", "random", "--processes", "1", "--out", str(tmp_path / "out")]) == 0
+        cli([*words, "--samples", "64", "--spaces", "random", "--processes", "1", "--out", str(tmp_path / "out")]) == 0
     )
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["vae", "gan", "diffusion"]
