@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from snowmelt.evaluation.curves import ERROR
+from snowmelt.evaluation.curves import COUNTED, ERROR
 from snowmelt.pages.charts import Chart, Line, lines_chart, svg
 from snowmelt.pages.markup import details, fill, number, plain, table
 from snowmelt.pages.reading import DAMAGE, Embedded, embedded, finite, opened
@@ -19,17 +19,7 @@ BUDGET = 1_400_000
 """Bytes of all of them."""
 POINTS = 250
 """Of a curve."""
-OWN = {
-    "step",
-    "images",
-    "seconds",
-    "learning_rate",
-    "images_per_second",
-    "memory",
-    "loss",
-    "held_out_loss",
-    "train_loss",
-}
+OWN = COUNTED - {"spread"}
 """Names in metrics.jsonl that have a chart chosen for them, or need none."""
 WORDS = {
     "KL bits": "what the description of a picture costs, bits for each value",
