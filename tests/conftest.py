@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -31,3 +36,31 @@ def stirred(network: nn.Module, seed: int = 0) -> nn.Module:
         for weight in network.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=rng))
     return network.eval()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; a test that wants it is skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def open_page(
+    browser: Any, page: Path, *, width: int = 1280, javascript: bool = True
+) -> tuple[Any, list[str], list[str]]:
+    """The page as a person opens it, without a network; what it asked for, and what it complained of, as it goes on."""
+    viewport = {"width": width, "height": 900}
+    tab = browser.new_context(viewport=viewport, java_script_enabled=javascript, offline=True).new_page()
+    asked: list[str] = []
+    complaints: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.goto(page.as_uri())
+    return tab, asked, complaints

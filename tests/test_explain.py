@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import stirred
+from conftest import open_page, stirred
 from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.config import Config, DataConfig, UNetConfig
@@ -350,18 +350,6 @@ def test_mistakes_about_the_run(photo, run, tmp_path, capsys):
 # in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium on this machine")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 SHOWN = """async id => {
   const image = document.getElementById(id), canvas = document.createElement("canvas");
   await image.decode();
@@ -370,21 +358,6 @@ SHOWN = """async id => {
   context.drawImage(image, 0, 0);
   return Array.from(context.getImageData(0, 0, canvas.width, canvas.height).data);
 }"""
-
-
-def open_page(browser, page: Path, *, width: int = 1280, javascript: bool = True):
-    """The page as a person opens it; what it asked for and what it complained of are kept beside it."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, java_script_enabled=javascript, offline=True
-    )
-    tab = context.new_page()
-    asked: list[str] = []
-    complaints: list[str] = []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("console", lambda message: complaints.append(message.text))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.goto(page.as_uri())
-    return tab, asked, complaints
 
 
 def pixels_shown(tab, name: str) -> np.ndarray:

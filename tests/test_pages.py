@@ -3,13 +3,13 @@
 import json
 import math
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import open_page
 from snowmelt.comparing.page import comparison_markdown, comparison_page, comparison_png, reasons_of
 from snowmelt.comparing.rows import firsts, rows_of
 from snowmelt.comparing.verdict import RETRAINED
@@ -303,29 +303,16 @@ def test_a_comparison_with_holes_is_still_a_page(tmp_path, damage):
     assert comparison_markdown(damage) and comparison_png(tmp_path, damage)
 
 
-def test_the_comparison_fits_a_phone(tmp_path, comparison):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium on this machine")
+LEFTS = "[...document.querySelectorAll('.sheets img')].map((one) => one.getBoundingClientRect().left)"
+
+
+def test_the_comparison_fits_a_phone(browser, tmp_path, comparison):
     (tmp_path / "report.html").write_bytes(comparison_page(tmp_path, comparison))
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_context(viewport={"width": 390, "height": 900}, offline=True).new_page()
-        complaints: list[str] = []
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.goto((tmp_path / "report.html").as_uri())
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 390 and complaints == []
-        lefts = tab.evaluate(
-            "[...document.querySelectorAll('.sheets img')].map((one) => one.getBoundingClientRect().left)"
-        )
-        assert len(set(lefts)) == 1, "on a phone the sheets stand one below the other"
-        tab.set_viewport_size({"width": 1280, "height": 900})
-        lefts = tab.evaluate(
-            "[...document.querySelectorAll('.sheets img')].map((one) => one.getBoundingClientRect().left)"
-        )
-        assert len(set(lefts)) == 2, "and on a wide screen side by side"
-        browser.close()
+    tab, _, complaints = open_page(browser, tmp_path / "report.html", width=390)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390 and complaints == []
+    assert len(set(tab.evaluate(LEFTS))) == 1, "on a phone the sheets stand one below the other"
+    tab.set_viewport_size({"width": 1280, "height": 900})
+    assert len(set(tab.evaluate(LEFTS))) == 2, "and on a wide screen side by side"
 
 
 def test_folded_parts_open():

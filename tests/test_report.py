@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import open_page
 from snowmelt.cli import run as cli
 from snowmelt.config import Config, DataConfig
 from snowmelt.prepare import PrepareOptions, prepare
@@ -264,34 +265,20 @@ def test_mistakes_are_one_sentence(whole_run, page, tmp_path, capsys):
     assert cli(["report", str(whole_run)]) == 0, "a report replaces a report"
 
 
-def test_the_timeline_moves_in_a_browser_and_the_page_fits(page):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium on this machine")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_context(viewport={"width": 390, "height": 900}, offline=True).new_page()
-        asked: list[str] = []
-        complaints: list[str] = []
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.goto(page.as_uri())
-        slider = tab.locator("#preview-slider")
-        for place, step in enumerate(MOMENTS):
-            slider.fill(str(place))
-            assert tab.locator("[data-text=step]").inner_text() == str(step)
-            shown = tab.evaluate(SHOWN, "preview-stage")
-            assert shown == step, "the picture is that of the moment"
-        slider.press("ArrowLeft")
-        assert tab.locator("[data-text=images]").inner_text() == f"{64 * MOMENTS[1]:,}"
-        for width in (1280, 390):
-            tab.set_viewport_size({"width": width, "height": 900})
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert complaints == []
-        assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
-        browser.close()
+def test_the_timeline_moves_in_a_browser_and_the_page_fits(browser, page):
+    tab, asked, complaints = open_page(browser, page, width=390)
+    slider = tab.locator("#preview-slider")
+    for place, step in enumerate(MOMENTS):
+        slider.fill(str(place))
+        assert tab.locator("[data-text=step]").inner_text() == str(step)
+        assert tab.evaluate(SHOWN, "preview-stage") == step, "the picture is that of the moment"
+    slider.press("ArrowLeft")
+    assert tab.locator("[data-text=images]").inner_text() == f"{64 * MOMENTS[1]:,}"
+    for width in (1280, 390):
+        tab.set_viewport_size({"width": width, "height": 900})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert complaints == []
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
 
 
 SHOWN = """async id => {

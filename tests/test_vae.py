@@ -227,12 +227,23 @@ def all_of(learner: VAELearner) -> list[torch.Tensor]:
     return [tensors[name] for name in sorted(tensors)]
 
 
-def test_an_update_that_is_not_finite_changes_nothing():
-    learner = learner_of(dataclasses.replace(SMALL, variance="optimal"))
+@pytest.mark.parametrize("adversarial", [0.0, 0.1])
+def test_an_update_that_is_not_finite_changes_nothing(adversarial):
+    learner = learner_of(dataclasses.replace(SMALL, variance="optimal", adversarial=adversarial))
     train(learner, waves(16), 2)
     before = [tensor.clone() for tensor in all_of(learner)]
     images, labels = waves(16)
     images[0, 0, 0, 0] = math.nan
+    assert not learner.update(Batch(images, labels), generator(0, "x"), 1e-3).finite
+    assert all(torch.equal(a, b) for a, b in zip(before, all_of(learner), strict=True))
+
+
+def test_nothing_moves_where_only_the_critic_fails(monkeypatch):
+    learner = learner_of(dataclasses.replace(SMALL, adversarial=0.1))
+    train(learner, waves(16), 2)
+    before = [tensor.clone() for tensor in all_of(learner)]
+    monkeypatch.setattr(learner.critic.optimizer, "clip_gradients", lambda: False)
+    images, labels = waves(16)
     assert not learner.update(Batch(images, labels), generator(0, "x"), 1e-3).finite
     assert all(torch.equal(a, b) for a, b in zip(before, all_of(learner), strict=True))
 

@@ -9,6 +9,8 @@ each divided by its own, as in the paper, lost contrast would not be seen.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -28,6 +30,7 @@ PATCHES = 32
 DIRECTIONS = 64
 """Random projections of each level."""
 _CHUNK = 256
+"""Pictures whose pyramids are in memory at once; fewer of pictures larger than 64 pixels."""
 
 Projections = Float[Tensor, "pictures slices patches"]
 """What is compared: a slice is one direction at one level."""
@@ -95,8 +98,9 @@ def _enlarged(small: Float[Tensor, "batch channels rows columns"], like: Images)
 
 def _patches(pixels: np.ndarray, seed: int, purpose: str) -> list[Float[Tensor, "pictures patches square channels"]]:
     """Random patches of every level, each with its own places."""
+    chunk = max(1, min(_CHUNK, _CHUNK * 64**2 // math.prod(pixels.shape[1:3])))
     chunks = [
-        _of_chunk(pixels[start : start + _CHUNK], seed, (purpose, start)) for start in range(0, len(pixels), _CHUNK)
+        _of_chunk(pixels[start : start + chunk], seed, (purpose, start)) for start in range(0, len(pixels), chunk)
     ]
     return [torch.cat(level) for level in zip(*chunks, strict=True)]
 

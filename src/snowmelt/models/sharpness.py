@@ -55,13 +55,12 @@ class Critic:
         with self.precision.autocast():
             return self.network(images).float()
 
-    def update(self, images: Images, others: Images, learning_rate: float) -> bool:
-        """One step of telling pictures from reconstructions, by the hinge loss; False when it was not finite."""
+    def learn(self, images: Images, others: Images) -> None:
+        """Its gradients for telling pictures from reconstructions, by the hinge loss; no step is made."""
         loss = F.relu(1 - self.opinion(images)).mean() + F.relu(1 + self.opinion(others.detach())).mean()
         # What the decoder's own step left here.
         self.network.zero_grad(set_to_none=True)
         loss.backward()
-        return self.optimizer.step(learning_rate)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer, by names that begin as `CRITIC` and `CRITIC_STATE`."""

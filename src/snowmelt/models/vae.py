@@ -30,7 +30,7 @@ from snowmelt.diffusion.process import data_term, gaussian_kl
 from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.errors import choose
 from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, latents_of
-from snowmelt.models.optimizer import Optimizer
+from snowmelt.models.optimizer import Optimizer, step_together
 from snowmelt.models.sharpness import CRITIC, CRITIC_STATE, Critic, patch_distance
 from snowmelt.networks.autoencoder import Autoencoder
 from snowmelt.shapes import Answers, Images, Labels, Level, Levels
@@ -331,11 +331,13 @@ class VAELearner:
         if not math.isfinite(loss.item() + losses["loss"]):
             return Update(losses, finite=False)
         loss.backward()
-        finite = self.optimizer.step(learning_rate)
+        optimizers = [self.optimizer]
+        if self.critic is not None:
+            self.critic.learn(batch.images, guess.picture)
+            optimizers.append(self.critic.optimizer)
+        finite = step_together(optimizers, learning_rate)
         if finite:
             self.model.observe(batch.images, guess)
-            if self.critic is not None:
-                finite = self.critic.update(batch.images, guess.picture, learning_rate)
         return Update(losses, finite)
 
     def _sharpeners(self) -> list[tuple[float, Callable[[Images, Images, torch.Generator], Tensor]]]:

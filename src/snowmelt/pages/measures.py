@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import fields as fields_of
 from typing import Any
 
+from snowmelt.evaluation.metrics import Figure
 from snowmelt.pages.markup import number, plain
 from snowmelt.pages.reading import finite, table_of, whole
 
@@ -34,49 +36,16 @@ ALL = "all pictures"
 """The reference of an evaluation where few pictures are held out."""
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A figure of figures.json as far as it could be read; see `snowmelt.evaluation.metrics.Figure`."""
-
-    metric: str
-    title: str
-    space: str
-    better: str
-    value: float | None
-    low: float | None
-    high: float | None
-    floor: float | None
-    floor_low: float | None
-    floor_high: float | None
-    samples: int
-    real: int
-    reason: str
+class Measure(Figure):
+    """A figure of figures.json, as far as it could be read."""
 
     @staticmethod
     def of(fields: dict[str, Any]) -> Measure:
         """From JSON; what is odd is left empty."""
-
-        def text(name: str) -> str:
-            return str(fields.get(name, ""))
-
-        def value(name: str) -> float | None:
-            return finite(fields.get(name))
-
-        return Measure(
-            metric=text("metric"),
-            title=text("title") or text("metric") or "a figure",
-            space=text("space"),
-            better=text("better"),
-            value=value("value"),
-            low=value("low"),
-            high=value("high"),
-            floor=value("floor"),
-            floor_low=value("floor_low"),
-            floor_high=value("floor_high"),
-            samples=whole(fields.get("samples")),
-            real=whole(fields.get("real")),
-            reason=text("reason"),
-        )
+        readers: dict[object, Callable[[Any], Any]] = {"str": str, "int": whole, "float | None": finite}
+        empty: dict[object, Any] = {"str": ""}
+        read = {one.name: readers[one.type](fields.get(one.name, empty.get(one.type))) for one in fields_of(Figure)}
+        return Measure(**{**read, "title": read["title"] or read["metric"] or "a figure"})
 
     @property
     def span(self) -> tuple[float, float] | None:
