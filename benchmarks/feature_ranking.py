@@ -34,10 +34,6 @@ from snowmelt.evaluation.patches import projections, sliced_distance
 from snowmelt.prepare import PrepareOptions, prepare
 from snowmelt.seeds import generator
 
-BLUR = 0.6
-"""Standard deviation in pixels."""
-NOISE = 0.1
-"""Standard deviation, of pictures in [-1, 1]: 13 of 255 levels."""
 DISTANCES = ("frechet", "kid", "patches")
 Steps = dict[str, np.ndarray]
 
@@ -57,6 +53,10 @@ class Options:
     spaces: tuple[str, ...] = ("trained", "random")
     inception: Path | None = None
     dinov2: Path | None = None
+    blur: float = 0.6
+    """Standard deviation in pixels of what makes pictures blurred."""
+    noise: float = 0.1
+    """Standard deviation of the noise, of pictures in [-1, 1]: 13 of 255 levels."""
     seed: int = 0
 
 
@@ -97,21 +97,21 @@ def chosen(data: Prepared, count: int, seed: int) -> tuple[np.ndarray, np.ndarra
     return reference, rest[: len(half)], half
 
 
-def worse(data: Prepared, real: np.ndarray, half: np.ndarray, seed: int) -> Steps:
+def worse(data: Prepared, real: np.ndarray, half: np.ndarray, options: Options) -> Steps:
     """The chain, uint8 pictures; and, beside it, the pictures of half of the classes undamaged."""
 
     def spoiled(rows: np.ndarray, noise: float) -> np.ndarray:
         images = to_images(torch.from_numpy(data.images[rows]))
-        images = blurred(images, torch.full((len(images),), BLUR))
-        rng = generator(seed, "ranking")
+        images = blurred(images, torch.full((len(images),), options.blur))
+        rng = generator(options.seed, "ranking")
         return to_pixels(images + noise * torch.randn(images.shape, generator=rng)).numpy()
 
-    snow = np.random.default_rng(seed).integers(0, 256, data.images[real].shape, dtype=np.uint8)
+    snow = np.random.default_rng(options.seed).integers(0, 256, data.images[real].shape, dtype=np.uint8)
     return {
         "real": data.images[real],
         "blurred": spoiled(real, 0.0),
-        "noisier": spoiled(real, NOISE),
-        "half missing": spoiled(half, NOISE),
+        "noisier": spoiled(real, options.noise),
+        "half missing": spoiled(half, options.noise),
         "noise": snow,
         "(half, undamaged)": data.images[half],
     }
@@ -127,7 +127,7 @@ def rank(name: str, options: Options, screen: Console) -> bool:
     )  # fmt: skip
     opened = time.monotonic() - begin
     reference, real, half = chosen(data, options.count, options.seed)
-    steps = worse(data, real, half, options.seed)
+    steps = worse(data, real, half, options)
     screen.print(f"\n{name}: {len(real)} pictures against {len(reference)}; spaces opened in {opened:.0f} s")
     rises = True
     for space in spaces:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import math
 
 import pytest
@@ -16,10 +17,10 @@ from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.diffusion.editing import slerp
 from snowmelt.errors import UserError
-from snowmelt.models import build_learner, build_model
+from snowmelt.models import build_learner, build_model, gan
 from snowmelt.models.augment import AUGMENTATIONS, SHIFT, draw_change
 from snowmelt.models.base import Drawing
-from snowmelt.models.gan import GANLearner, GANModel
+from snowmelt.models.gan import GANLearner, GANModel, gamma_at
 from snowmelt.networks.adversarial import Critic, Generator, sizes
 from snowmelt.presets import MOST_AUGMENT, augment_for, preset
 from snowmelt.seeds import generator, noise_source
@@ -98,6 +99,17 @@ def test_one_pass_gives_both_gradients_of_the_definition():
         torch.testing.assert_close(weight.grad, taught["critic"][key], rtol=1e-4, atol=1e-6)
     expected = {"loss": loss, "critic": critic, "r1": penalties[0], "r2": penalties[1]}
     assert update.losses == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
+
+
+def test_the_penalty_weakens_with_the_images_seen_and_resumes_where_it_was():
+    assert doctest.testmod(gan, extraglobs={"GANConfig": GANConfig}).failed == 0
+    fading = GANConfig(channels=(8, 16), latents=8, gamma=1.0, gamma_last=0.01, burn_in=12)
+    mine, resumed = learner(config(gan=fading)), learner(config(gan=fading))
+    mine.update(batch(), generator(0, "one"), 1e-3)
+    assert gamma_at(fading, mine.seen) == pytest.approx(0.1), "six of twelve images are half of the way, in factors"
+    resumed.load_optimizer({name: tensor.clone() for name, tensor in mine.optimizer_tensors().items()})
+    assert resumed.seen == 6
+    assert gamma_at(fading, 99) == 0.01 and gamma_at(GANConfig(burn_in=0), 0) == GANConfig().gamma_last
 
 
 def test_the_critic_and_the_generator_pull_against_each_other():
@@ -416,6 +428,8 @@ def test_the_fewer_pictures_the_more_they_are_changed():
         ({"gamma": -0.1}, "at least 0"),
         ({"gamma": math.nan}, "at least 0"),
         ({"gamma": math.inf}, "at least 0"),
+        ({"gamma_last": -0.1}, "at least 0"),
+        ({"burn_in": -1}, "a number of images"),
         ({"augment": 1.0}, "from 0 to less than 1"),
         ({"augment": -0.1}, "from 0 to less than 1"),
         ({"augment": math.nan}, "from 0 to less than 1"),

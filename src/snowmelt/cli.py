@@ -13,6 +13,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "prepare": ("snowmelt.prepare", "PrepareOptions", "look through a folder, zip or tar of images and make it ready"),
     "train": ("snowmelt.train", "TrainOptions", "train a generator on pictures, or continue an interrupted run"),
     "sample": ("snowmelt.sample", "SampleOptions", "draw new pictures from a run"),
+    "tune": ("snowmelt.tune", "TuneOptions", "find the levels at which few steps draw best with a run"),
     "import": ("snowmelt.exchange:import_run", "ImportOptions", "make a run of a network that diffusers saved"),
     "export": ("snowmelt.exchange:export_run", "ExportOptions", "write a run for diffusers, or as ONNX"),
     "explain": ("snowmelt.explain", "ExplainOptions", "show a photo turn to noise and, with a run, back"),

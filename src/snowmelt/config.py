@@ -242,7 +242,11 @@ class GANConfig:
     """Random values that a picture is made from."""
     gamma: float = 0.2
     """Weight of the penalties on the critic's slope, at real and at generated pictures, over the distance from one
-    picture to another: with more the networks are calmer and the pictures more varied, and details come later."""
+    picture to another, at first: with more the networks are calmer and the pictures more varied..."""
+    gamma_last: float = 0.02
+    """...and from `burn_in` images on: with less the critic sees finer details, and so come details."""
+    burn_in: int = 15_000
+    """Images seen during which the one turns into the other, by equal factors."""
     augment: float = 0.0
     """Probability of each change made to all pictures that the critic sees, so that it cannot learn a few by heart."""
 
@@ -258,8 +262,11 @@ class GANConfig:
         ):
             if value > most:
                 raise UserError(f"A GAN with {value} {what} is too large to be built; give at most {most:,}.")
-        if not 0 <= self.gamma < math.inf:
-            raise UserError(f"gan.gamma is {self.gamma}; give a number of at least 0, such as 0.2.")
+        for name in ("gamma", "gamma_last"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"gan.{name} is {getattr(self, name)}; give a number of at least 0, such as 0.2.")
+        if self.burn_in < 0:
+            raise UserError(f"gan.burn_in is {self.burn_in}; give a number of images, such as 15000, or 0 for none.")
         if not 0 <= self.augment < 1:
             raise UserError(f"gan.augment is {self.augment}; give a probability from 0 to less than 1, such as 0.5.")
 

@@ -88,8 +88,10 @@ def _headline(runs: list[Run], table: list[dict[str, Any]]) -> str:
         return f"{_upper(_called(runs, alone[0]))} draws the pictures nearest to yours."
     if len(best) == len(runs):
         return "No model is better than the others beyond chance."
+    if len(best) == 1:
+        return f"{_upper(_called(runs, best[0]))} is at the front by every distance, though not alone in most of them."
     if best:
-        return f"{_upper(_listed(runs, best))} {'is' if len(best) == 1 else 'are'} at the front by every distance."
+        return f"{_upper(_listed(runs, best))} are at the front by every distance."
     firsts = sorted({name for top in tops for name in top})
     return (
         f"There is no single winner: by one distance or another {_listed(runs, firsts)} are nearest to your pictures."

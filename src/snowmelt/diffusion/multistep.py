@@ -44,9 +44,15 @@ class Weights(NamedTuple):
 class Form(NamedTuple):
     """What is put between the levels, and how much of each answer a step takes."""
 
-    value: Callable[[Step], Images]
+    linear: Callable[[float], tuple[float, float]]
+    """log-SNR -> how much of x and of x0 the value is."""
     weights: Callable[[Sequence[float], float, float, float], Weights]
     """(levels of the answers, l, m, tau) -> weights of the step from l to m."""
+
+    def value(self, step: Step) -> Images:
+        """What the answer of a step says."""
+        of_x, of_x0 = self.linear(float(step.log_snr))
+        return of_x0 * step.x0 if not of_x else of_x * step.x + of_x0 * step.x0
 
 
 def lagrange(nodes: Sequence[float], at: Array) -> list[Array]:
@@ -96,15 +102,16 @@ def _counted_weights(levels: Sequence[float], level: float, following: float, ta
     return Weights(alpha_next / alpha, [change * part for part in adams_bashforth])
 
 
-def _noise(step: Step) -> Images:
-    """The noise that was seen in the image."""
-    alpha, sigma = _scales(float(step.log_snr))
-    return (step.x - alpha * step.x0) / sigma
+def _noise(log_snr: float) -> tuple[float, float]:
+    """The noise that was seen in the image, (x - alpha x0) / sigma."""
+    alpha, sigma = _scales(log_snr)
+    return 1 / sigma, -alpha / sigma
 
 
-def _image(step: Step) -> Images:
+def _image(log_snr: float) -> tuple[float, float]:
     """The picture that was believed in."""
-    return step.x0
+    del log_snr
+    return 0.0, 1.0
 
 
 DATA = Form(_image, _data_weights)

@@ -147,33 +147,35 @@ class Method:
     order: int | None
     """With n levels its error is proportional to n^-order; None where fresh noise leaves no path to compare."""
     about: str
+    how: Multistep | None = None
+    """Where its steps are those of `multistep`: how it makes them."""
 
     def __call__(self, denoise: Denoise, x: Images, log_snrs: Path, noise_source: NoiseSource) -> Iterator[Step]:
         """See `walk`."""
         return self.sampler(denoise, x, log_snrs, noise_source)
 
 
-def _solver(how: Multistep) -> Sampler:
-    return partial(multistep, how=how)
+def _solver(how: Multistep, grid: str, order: int | None, about: str) -> Method:
+    return Method(partial(multistep, how=how), grid, order, about, how)
 
 
-_DDIM = _solver(Multistep())
+_EULER = Multistep()
 
 SAMPLERS: dict[str, Method] = {
     "ddpm": Method(ancestral, "time", None, "fresh noise at every step"),
-    "ddim": Method(_DDIM, "time", 1, "no fresh noise"),
-    "euler": Method(_DDIM, "karras", 1, "DDIM: Euler's step on dx = noise d(sigma / alpha)"),
+    "ddim": _solver(_EULER, "time", 1, "no fresh noise"),
+    "euler": _solver(_EULER, "karras", 1, "DDIM: Euler's step on dx = noise d(sigma / alpha)"),
     "euler_ancestral": Method(ancestral, "karras", None, "DDPM: Euler down to less than wanted, then noise"),
     "heun": Method(heun, "karras", 2, "two evaluations for each level"),
     "heun_churn": Method(heun_churn, "karras", None, "Heun with EDM's churn"),
-    "dpmpp_1s": Method(_DDIM, "log_snr", 1, "DPM-Solver++ of first order: DDIM"),
-    "dpmpp_2m": Method(_solver(Multistep(order=2)), "log_snr", 2, "DPM-Solver++ from two answers"),
-    "dpmpp_3m": Method(_solver(Multistep(order=3)), "log_snr", 3, "DPM-Solver++ from three answers"),
-    "dpmpp_2m_sde": Method(_solver(Multistep(order=2, eta=1.0)), "log_snr", None, "the same with DDPM's fresh noise"),
-    "dpmpp_3m_sde": Method(_solver(Multistep(order=3, eta=1.0)), "log_snr", None, "the same with DDPM's fresh noise"),
-    "unipc": Method(_solver(Multistep(order=3, corrected=True)), "log_snr", 4, "three answers, each step corrected"),
-    "deis": Method(_solver(Multistep(order=3, form=NOISE)), "log_snr", 3, "the noise of three answers"),
-    "ipndm": Method(_solver(Multistep(order=4, form=COUNTED)), "karras", 2, "the noise of four, as if evenly spaced"),
+    "dpmpp_1s": _solver(_EULER, "log_snr", 1, "DPM-Solver++ of first order: DDIM"),
+    "dpmpp_2m": _solver(Multistep(order=2), "log_snr", 2, "DPM-Solver++ from two answers"),
+    "dpmpp_3m": _solver(Multistep(order=3), "log_snr", 3, "DPM-Solver++ from three answers"),
+    "dpmpp_2m_sde": _solver(Multistep(order=2, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
+    "dpmpp_3m_sde": _solver(Multistep(order=3, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
+    "unipc": _solver(Multistep(order=3, corrected=True), "log_snr", 4, "three answers, each step corrected"),
+    "deis": _solver(Multistep(order=3, form=NOISE), "log_snr", 3, "the noise of three answers"),
+    "ipndm": _solver(Multistep(order=4, form=COUNTED), "karras", 2, "the noise of four, as if evenly spaced"),
     "predictor_corrector": Method(predictor_corrector, "time", None, "DDPM, then Langevin at the same level"),
     "restart": Method(restart, "karras", None, "Heun, the middle of the way taken again from added noise"),
 }

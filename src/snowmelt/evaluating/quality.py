@@ -23,6 +23,7 @@ from snowmelt.errors import UserError
 from snowmelt.evaluating.draw import Drawn, Order, draw, seconds_per_picture
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.classes import recognised
+from snowmelt.evaluation.drawing import settled
 from snowmelt.evaluation.features import Space, expected_seconds, open_spaces, real_features
 from snowmelt.evaluation.levels import errors_of
 from snowmelt.evaluation.memorization import Gap, Searched, find_copies, gaps
@@ -57,7 +58,10 @@ def order_of(run: Run, options: EvaluateOptions) -> Order:
     """What is drawn for these options."""
     numbers = tuple(range(options.samples))
     device = str(pick_device(options.device))
-    return Order(str(run.path), options.state, drawing_of(options), options.seed, numbers, options.batch, device)
+    drawing = drawing_of(options)
+    if options.sampler is None and options.steps is not None:
+        drawing = settled(run, drawing, None)
+    return Order(str(run.path), options.state, drawing, options.seed, numbers, options.batch, device)
 
 
 def reference_of(data: Prepared, space: Space | None = None) -> tuple[np.ndarray, str]:

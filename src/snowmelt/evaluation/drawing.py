@@ -1,9 +1,9 @@
-"""What a drawing may need beside the weights: the early state of the run, and the variance measured on its pictures."""
+"""What a drawing may need beside the weights: what `tune` found, the early state of the run, a measured variance."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import torch
 from snowmelt import checkpoint
 from snowmelt.config import DataConfig
 from snowmelt.data.pixels import to_images
-from snowmelt.diffusion.grids import log_snr_grid
+from snowmelt.diffusion.grids import given_grid, log_snr_grid
+from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.variance import Variance, analytic, noise_power
-from snowmelt.errors import UserError
+from snowmelt.errors import UserError, choose
 from snowmelt.files import write_atomic
 from snowmelt.models import build_model
 from snowmelt.models.base import Drawing, Model, classes_of
@@ -80,9 +81,7 @@ def measured_variance(run: Run, model: DiffusionModel) -> Variance:
     Raises:
         UserError: the prepared pictures are gone.
     """
-    newest = run.newest_checkpoint()
-    assert newest is not None, "a model was loaded from it"
-    path, weights = run.folder("evaluations") / "variance.json", checkpoint.read_state(newest)["sha256"]["average"]
+    path, weights = run.folder("evaluations") / "variance.json", _weights(run)
     levels, powers = _kept(path, weights) or ([], [])
     if not levels:
         grid = log_snr_grid(model.schedule, MEASURED_LEVELS)
@@ -113,3 +112,51 @@ def _powers(run: Run, model: DiffusionModel) -> list[float]:
 
     with torch.no_grad():
         return noise_power(model.bind(labels), images, log_snr_grid(model.schedule, MEASURED_LEVELS), noise)
+
+
+TUNED = "levels.json"
+
+
+def keep_tuned(run: Run, found: dict[int, dict[str, tuple[float, ...]]]) -> Path:
+    """Keep levels for numbers of steps, by sampler, the best sampler first, in the run, with the weights they suit."""
+    path = run.folder("evaluations") / TUNED
+    steps = {str(count): {name: list(levels) for name, levels in of.items()} for count, of in found.items()}
+    write_atomic(path, json.dumps({"weights": _weights(run), "steps": steps}, indent=1))
+    return path
+
+
+def settled(run: Run, drawing: Drawing, sampler: str | None) -> Drawing:
+    """`drawing` with the levels that `tune` found for its steps, where nothing was said about levels.
+
+    Args:
+        sampler: what was asked for; None takes the best for so few steps, where that is known.
+    """
+    if drawing.levels or drawing.spacing or drawing.schedule or drawing.variance:
+        return drawing
+    by_sampler = _tuned(run).get(drawing.steps, {})
+    name = sampler or next(iter(by_sampler), None)
+    if name is None or name not in by_sampler:
+        return drawing
+    return replace(drawing, sampler=name, levels=by_sampler[name])
+
+
+def _tuned(run: Run) -> dict[int, dict[str, tuple[float, ...]]]:
+    """What was kept for the newest weights; nothing where there is nothing that can be used."""
+    try:
+        known = json.loads((run.path / "evaluations" / TUNED).read_text(encoding="utf-8"))
+        found = {
+            int(count): {
+                choose(SAMPLERS, name, "sampler") and name: tuple(given_grid([float(one) for one in levels]).tolist())
+                for name, levels in of.items()
+            }
+            for count, of in known["steps"].items()
+        }
+        return found if known["weights"] == _weights(run) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        return {}
+
+
+def _weights(run: Run) -> str:
+    """The digest of the newest average weights."""
+    newest = run.newest_checkpoint()
+    return "" if newest is None else str(checkpoint.read_state(newest)["sha256"]["average"])

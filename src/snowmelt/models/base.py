@@ -51,8 +51,9 @@ class Drawing:
 
     @staticmethod
     def of(options: object) -> Drawing:
-        """The drawing that a verb's options, fields of the same names, ask for."""
-        return Drawing(**{field.name: getattr(options, field.name) for field in fields(Drawing)})
+        """The drawing that a verb's options, fields of the same names, ask for; what is None there is as usual."""
+        asked = {field.name: getattr(options, field.name) for field in fields(Drawing)}
+        return Drawing(**{name: value for name, value in asked.items() if value is not None})
 
     @property
     def count(self) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snowmelt.config import Config
+from snowmelt.config import Config, GANConfig
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.diffusion.editing import slerp
@@ -116,7 +116,8 @@ class GANLearner:
             torch.manual_seed(generator(training.seed, "critic").initial_seed())
             critic = Critic(self.config.gan, channels=data.channels, size=data.size, classes=len(data.classes))
         self.critic = critic.to(model.precision.device)
-        self.strength = self.config.gan.gamma * data.channels * data.size**2 * data.std**2
+        self.distance = data.channels * data.size**2 * data.std**2
+        self.seen = 0
         self.optimizers = {
             "generator": Optimizer(model, training, betas=BETAS),
             "critic": Optimizer(self.critic, training, betas=BETAS),
@@ -146,11 +147,14 @@ class GANLearner:
         loss = F.softplus(margin).mean()
         values = {"loss": loss, "critic": critic, "r1": seen.r1, "r2": seen.r2}
         losses = {name: value.item() for name, value in values.items()}
-        (critic + self.strength / 2 * (seen.r1 + seen.r2)).backward(inputs=list(self.critic.parameters()))
+        penalty = gamma_at(gan, self.seen) * self.distance / 2 * (seen.r1 + seen.r2)
+        (critic + penalty).backward(inputs=list(self.critic.parameters()))
         # d loss / d D(y) = -sigmoid(D(x) - D(y)), and d D(y) / d y is at hand.
         share = margin.detach().sigmoid()[:, None, None, None] / len(images)
         fake.backward(-share * seen.slopes)
-        return Update(losses, step_together(self.optimizers.values(), learning_rate))
+        finite = step_together(self.optimizers.values(), learning_rate)
+        self.seen += len(images) if finite else 0
+        return Update(losses, finite)
 
     def compare(self, real: Images, generated: Images, labels: Labels | None, change: Change) -> Compared:
         """Ask the critic about both, changed alike; in float32, whose range the penalties need."""
@@ -183,13 +187,24 @@ class GANLearner:
             for network, optimizer in self.optimizers.items()
             for name, value in optimizer.tensors().items()
         }
-        return weights | states
+        return {"images seen": torch.tensor(self.seen), **weights, **states}
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put them back."""
+        self.seen = int(tensors["images seen"])
         self.critic.load_state_dict(under(tensors, "critic/"))
         for network, optimizer in self.optimizers.items():
             optimizer.load(under(tensors, f"{network} optimizer/"))
+
+
+def gamma_at(config: GANConfig, seen: int) -> float:
+    """The weight of the penalties after so many images.
+
+    >>> [round(gamma_at(GANConfig(gamma=0.1, gamma_last=0.001, burn_in=100), n), 6) for n in (0, 50, 100, 900)]
+    [0.1, 0.01, 0.001, 0.001]
+    """
+    share = min(1.0, seen / config.burn_in) if config.burn_in else 1.0
+    return config.gamma ** (1 - share) * config.gamma_last**share
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -82,13 +82,8 @@ class Generator(nn.Module):
         self.linear_in = nn.Linear(told, widths[0] * self.sides[0] ** 2)
         self.blocks = nn.ModuleList([_blocks(config, width) for width in widths])
         self.widen = nn.ModuleList([nn.Conv2d(width, following, 1) for width, following in pairwise(widths)])
-        self.unfold = nn.Conv2d(widths[-1], FINE * config.patch**2, 1)
-        # All pixels of a square begin alike: else their different beginnings stay as a grid over the picture
-        # (Aitken et al. 2017, arXiv:1707.02937).
-        with torch.no_grad():
-            alike = self.unfold.weight[:: config.patch**2].repeat_interleave(config.patch**2, dim=0)
-            self.unfold.weight.copy_(alike)
-            nn.init.zeros_(bias_of(self.unfold))
+        self.narrow = nn.Conv2d(widths[-1], FINE, 1)
+        self.fine = Residual(FINE, config.blocks * len(widths))
         self.conv_out = nn.Conv2d(FINE, channels, 3, padding=1)
 
     def forward(self, latents: Features, labels: Labels | None = None) -> Images:
@@ -108,7 +103,10 @@ class Generator(nn.Module):
         for widen, block, side in zip(self.widen, self.blocks[1:], self.sides[1:], strict=True):
             x = F.interpolate(widen(x), size=(side, side), mode="bilinear", align_corners=False)
             x = block(x)
-        return self.conv_out(leaky(F.pixel_shuffle(self.unfold(x), self.patch)))
+        # Enlarged smoothly: pixels that come out of a square's channels show as a grid over colour pictures
+        # (Odena et al. 2016, https://distill.pub/2016/deconv-checkerboard).
+        x = F.interpolate(self.narrow(x), scale_factor=self.patch, mode="bilinear", align_corners=False)
+        return self.conv_out(leaky(self.fine(x)))
 
 
 class Critic(nn.Module):

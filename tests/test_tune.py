@@ -1,0 +1,160 @@
+"""The search for few levels: its errors are those of real steps, its path is the best, its levels draw better."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from snowmelt.cli import run as cli
+from snowmelt.diffusion.exact import GaussianMixture
+from snowmelt.diffusion.grids import log_snr_grid
+from snowmelt.diffusion.multistep import COUNTED, DATA, NOISE, combined
+from snowmelt.diffusion.noise import alpha_sigma
+from snowmelt.diffusion.samplers import SAMPLERS
+from snowmelt.diffusion.schedules import SCHEDULES
+from snowmelt.diffusion.search import Costs, Trajectories
+from snowmelt.diffusion.walk import Step
+from snowmelt.evaluation.drawing import keep_tuned, settled
+from snowmelt.models.base import Drawing
+from snowmelt.run import Run
+from snowmelt.tune import shifted
+
+MIXTURE = GaussianMixture(
+    torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
+    torch.tensor([[-0.8, 0.5], [0.6, 0.7], [0.1, -0.9]], dtype=torch.float64)[:, None, :, None],
+    torch.tensor([0.05, 0.1, 0.2], dtype=torch.float64),
+)
+
+
+def walks(levels: int, pictures: int = 24, seed: int = 0) -> list[Step]:
+    grid = log_snr_grid(SCHEDULES["linear"], levels)
+    x = torch.randn(pictures, 1, 2, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return list(SAMPLERS["dpmpp_3m"](MIXTURE.denoise, x, grid, lambda number: torch.zeros_like(x)))
+
+
+@pytest.mark.parametrize("form", [DATA, NOISE, COUNTED])
+@pytest.mark.parametrize("answers", [[3], [3, 1], [5, 2, 0]])
+def test_errors_are_those_of_steps(form, answers):
+    """Pixel by pixel: the step is made, and compared with where the trajectory was. Both in double precision."""
+    walk, end = walks(10), 8
+    found = Trajectories.of([walk[:], walks(10, 9, seed=1)])
+    squares = []
+    for way in (walk, walks(10, 9, seed=1)):
+        start = way[answers[0]]
+        nodes = [float(way[one].log_snr) for one in answers]
+        weights = form.weights(nodes, nodes[0], float(way[end].log_snr), 0.0)
+        x = combined(weights, start.x, [form.value(way[one]) for one in answers])
+        alpha, _ = alpha_sigma(way[end].log_snr, x)
+        squares.append(((x - way[end].x) / alpha).square().flatten())
+    real = torch.cat(squares).mean().sqrt().item()
+    assert found.error(form, answers, end) == pytest.approx(real, rel=1e-5)
+    gap = torch.cat([(way[6].x0 - way[-1].x0).flatten() for way in (walk, walks(10, 9, seed=1))])
+    assert found.last_error(6) == pytest.approx(gap.square().mean().sqrt().item(), rel=1e-6)
+    assert found.last_error(9) == 0
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_path_is_the_best_of_all(answers, count):
+    costs = Costs.of(Trajectories.of([walks(9)]), NOISE, answers=answers).discounted(0.5, 0.5)
+
+    def total(path: tuple[int, ...]) -> float:
+        inner = sum(costs.following[k, i, j] for k, i, j in zip(path, path[1:], path[2:], strict=False))
+        return costs.first[path[0], path[1]] + inner + costs.last[path[-1]]
+
+    every = [(0, *rest) for rest in combinations(range(1, 9), count - 1)]
+    best = min(every, key=total)
+    path = tuple(costs.best(count))
+    assert total(path) == pytest.approx(total(best), rel=1e-12) and path[0] == 0 and len(path) == count
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "ipndm"])
+def test_searched_levels_draw_closer_than_usual_ones(name):
+    """On noise that nothing was learned from; six levels of a mixture of three narrow Gaussians."""
+    method, fresh = SAMPLERS[name], walks(100, 200, seed=5)
+    trajectories = Trajectories.of([walks(31, 200)])
+    places = Costs.of(trajectories, method.how.form, answers=method.how.order).discounted(0.7, 0.5).best(6)
+    searched = torch.tensor([trajectories.levels[place] for place in places], dtype=torch.float64)
+
+    def error(grid: torch.Tensor) -> float:
+        x = fresh[0].x
+        drawn = list(method(MIXTURE.denoise, x, grid, lambda number: torch.zeros_like(x)))[-1]
+        return (drawn.x0 - fresh[-1].x0).square().mean().sqrt().item()
+
+    usual = min(
+        error(log_snr_grid(SCHEDULES["linear"], 6)), error(SCHEDULES["linear"](1 - torch.linspace(0, 1, 6).double()))
+    )
+    assert error(searched) < 0.8 * usual, (error(searched), usual)
+
+
+def test_shifted_levels_rise():
+    levels = (-9.0, -4.0, 0.0, 6.0)
+    for place in (1, 2, 3):
+        for share in (0.9, -0.9):
+            other = shifted(levels, place, share)
+            assert all(low < high for low, high in pairwise(other)) and other[0] == -9.0
+            assert [one != two for one, two in zip(levels, other, strict=True)].index(True) == place
+
+
+# the verb
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
+    out = tmp_path_factory.mktemp("tune") / "run"
+    assert cli(["train", "builtin:digits", "--out", str(out), "--steps", "30", "--precision", "fp32"]) == 0
+    return out
+
+
+def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys):
+    words = ["tune", str(digits), "--pictures", "64", "--counts", "4", "6", "--samplers", "ddim", "ipndm"]
+    assert cli(words) == 0
+    assert "ipndm, as usual" in capsys.readouterr().err
+    kept = json.loads((digits / "evaluations" / "levels.json").read_text())["steps"]
+    assert kept.keys() == {"4", "6"} and all(of.keys() == {"ddim", "ipndm"} for of in kept.values())
+    best = next(iter(kept["6"]))
+    for words, sampler, levels in (
+        (["--steps", "6"], best, kept["6"][best]),
+        (["--steps", "4", "--sampler", "ipndm"], "ipndm", kept["4"]["ipndm"]),
+        (["--steps", "6", "--spacing", "time"], "ddim", None),
+        (["--steps", "6", "--sampler", "unipc"], "unipc", None),
+        (["--steps", "7"], "ddim", None),
+    ):
+        assert cli(["sample", str(digits), "--count", "1", "--out", str(tmp_path), *words]) == 0
+        note = json.loads((tmp_path / "seed0-00000.json").read_text())
+        assert (note["sampler"], note.get("levels")) == (sampler, levels), words
+
+
+def test_levels_of_other_weights_are_not_used(digits):
+    run = Run.open(digits)
+    path = keep_tuned(run, {5: {"ddim": (-5.0, 0.0, 5.0)}})
+    drawing = Drawing(steps=5)
+    assert settled(run, drawing, None).levels == (-5.0, 0.0, 5.0)
+    known = json.loads(path.read_text())
+    for damage in ({**known, "weights": "other"}, {**known, "steps": {"5": {"ddim": [3, 1]}}}, [], {"steps": 3}):
+        path.write_text(json.dumps(damage))
+        assert settled(run, drawing, None) == drawing
+    path.unlink()
+    assert settled(run, drawing, None) == drawing
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--samplers", "ddpm"], "no multistep sampler"),
+        (["--samplers", "dpmpp_2m_sde"], "no multistep sampler"),
+        (["--samplers", "dimm"], "ddim"),
+        (["--counts", "2"], "from 3"),
+        (["--pictures", "3"], "at least 64"),
+    ],
+)
+def test_mistakes_are_one_sentence(digits, words, said, capsys):
+    assert cli(["tune", str(digits), *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+    assert not (digits / "evaluations" / "levels.json").exists()
