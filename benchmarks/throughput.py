@@ -1,0 +1,274 @@
+"""Training steps per second of the same U-Net here and in `diffusers`, side by side.
+
+    python benchmarks/throughput.py --networks small large
+
+Every contestant is a process of its own that trains when it is told to and waits otherwise. They take turns, so that
+whatever else the machine does hits all alike; a figure is the median of its turns. The network has the same shapes
+everywhere and the weights of the first contestant. A step is what each system does for one batch:
+
+    diffusers       its train_unconditional.py: noise and times, forward, MSE, backward, clip, AdamW, cosine rate, EMA
+    diffusers bf16  the same under bf16 autocast, as somebody who knows would add
+    snowmelt        what `snowmelt train` does, in the precision that it would choose here
+
+Shares are of what this machine's convolutions reach alone, 3 x 3 with 128 channels, forward and backward, in turn too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    # 3.8 and 35.7 million parameters; the large one is that of the DDPM paper for CIFAR-10.
+    "small": {"block_out_channels": [64, 96, 128], "layers_per_block": 1, "attention": [False, False, True]},
+    "large": {
+        "block_out_channels": [128, 256, 256, 256],
+        "layers_per_block": 2,
+        "attention": [False, True, False, False],
+    },
+}
+SIZE, CHANNELS, PICTURES = 32, 3, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    networks: tuple[str, ...] = ("small", "large")
+    contestants: tuple[str, ...] = ("diffusers", "diffusers bf16", "snowmelt")
+    batch: int = 16
+    turns: int = 7
+    seconds: float = 3.0
+    """Of a turn, at least; two steps at least."""
+
+
+def settings(network: str) -> dict[str, Any]:
+    """The config.json of a `UNet2DModel`."""
+    chosen = dict(NETWORKS[network])
+    attention = chosen.pop("attention")
+    return {
+        "sample_size": SIZE,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "down_block_types": ["AttnDownBlock2D" if on else "DownBlock2D" for on in attention],
+        "up_block_types": ["AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)],
+        "attention_head_dim": None,
+        **chosen,
+    }
+
+
+# In a process of its own.
+
+
+def diffusers_step(network: str, batch: int, *, bf16: bool) -> tuple[Callable[[], object], str, Any]:
+    """A step of the script examples/unconditional_image_generation/train_unconditional.py, with its defaults."""
+    import torch
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+    from torch.nn import functional
+
+    torch.manual_seed(0)
+    model = UNet2DModel(**settings(network))
+    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    noising = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    rates = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
+    pictures = torch.rand(PICTURES, CHANNELS, SIZE, SIZE) * 2 - 1
+    order = iter(torch.utils.data.DataLoader(pictures, batch_size=batch, shuffle=True))
+
+    def step() -> None:
+        nonlocal order
+        images = next(order, None)
+        if images is None or len(images) < batch:
+            order = iter(torch.utils.data.DataLoader(pictures, batch_size=batch, shuffle=True))
+            images = next(order)
+        noise = torch.randn_like(images)
+        times = torch.randint(0, 1000, (batch,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            answer = model(noising.add_noise(images, noise, times), times).sample
+            loss = functional.mse_loss(answer.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+
+    return step, "bf16" if bf16 else "fp32", model
+
+
+def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, Any]:
+    """A step of the loop of `snowmelt train`."""
+    import numpy as np
+    import torch
+
+    from snowmelt.config import Config, TrainingConfig
+    from snowmelt.data.prepared import Prepared
+    from snowmelt.data.stream import Stream
+    from snowmelt.ema import Average
+    from snowmelt.foreign.unet2d import network_of
+    from snowmelt.models import build_learner
+    from snowmelt.presets import facts_of
+    from snowmelt.seeds import generator
+    from snowmelt.training.session import choose_precision
+
+    pixels = np.random.default_rng(0).integers(0, 256, (PICTURES, SIZE, SIZE, CHANNELS), dtype=np.uint8)
+    rows = np.arange(PICTURES)
+    data = Prepared(Path(), pixels, None, (), None, rows, rows[:0], 0.0, 0.5, "benchmark")
+    given = settings(network)
+    unet, _ = network_of(given, Path("benchmark"))
+    config = Config(facts_of(data), network=unet, training=TrainingConfig(steps=100_000, batch=batch))
+    cpu = torch.device("cpu")
+    config = choose_precision(config, data, cpu, asked="auto", threads=torch.get_num_threads(), log=lambda _: None)
+    from snowmelt.device import make_precision
+
+    precision = make_precision(cpu, config.training.precision)
+    learner = build_learner(config, precision)
+    average = Average(learner.averaged, config.training.average)
+    stream = Stream(data, batch=batch, seed=0, flip=False, workers=0, device=cpu)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        update = learner.update(stream.at(done - 1), generator(0, "train", done), 1e-4)
+        assert update.finite
+        average.update(done)
+
+    return step, config.training.precision, learner.model.denoiser.backbone
+
+
+CONTESTANTS: dict[str, Callable[[str, int], tuple[Callable[[], object], str, Any]]] = {
+    "diffusers": lambda network, batch: diffusers_step(network, batch, bf16=False),
+    "diffusers bf16": lambda network, batch: diffusers_step(network, batch, bf16=True),
+    "snowmelt": snowmelt_step,
+}
+
+
+def ceiling() -> tuple[Callable[[], object], str, float]:
+    """A convolution and its gradients, and their floating-point operations."""
+    import torch
+
+    layer = torch.nn.Conv2d(128, 128, 3, padding=1)
+    x = torch.randn(16, 128, SIZE, SIZE, requires_grad=True)
+
+    def step() -> None:
+        layer(x).sum().backward()
+
+    return step, "fp32", 3 * 2 * 16 * 128 * 128 * 9 * SIZE**2
+
+
+def work(name: str, network: str, options: Options) -> None:
+    """The process of a contestant: a line when it is ready, then a line for every turn."""
+    import resource
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from snowmelt.data.workers import cores
+
+    torch.set_num_threads(cores())
+    if name == "ceiling":
+        step, precision, operations = ceiling()
+        parameters = 0
+    else:
+        step, precision, model = CONTESTANTS[name](network, options.batch)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        with FlopCounterMode(display=False) as counted:
+            step()
+        operations = counted.get_total_flops()
+    step()
+    print(json.dumps({"parameters": parameters, "operations": operations, "precision": precision}), flush=True)
+    for _ in sys.stdin:
+        count, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < options.seconds or count < 2:
+            step()
+            count += 1
+        taken = (time.perf_counter() - begin) / count
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": taken, "memory": memory}), flush=True)
+
+
+def start(name: str, network: str, options: Options) -> subprocess.Popen[str]:
+    """A contestant's process."""
+    told = json.dumps([name, network, dataclasses.asdict(options)])
+    quiet = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+    return subprocess.Popen(
+        [sys.executable, __file__, "--worker", told],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=quiet,
+    )
+
+
+def heard(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line that is JSON; libraries may print others."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise RuntimeError("a contestant ended early; what it said is above")
+
+
+def measure(network: str, options: Options, screen: Console) -> None:
+    """All contestants in turns, and the table."""
+    names = [*options.contestants, "ceiling"]
+    processes = {name: start(name, network, options) for name in names}
+    facts = {name: heard(process) for name, process in processes.items()}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    memory = dict.fromkeys(names, 0)
+    for _ in range(options.turns):
+        for name, process in processes.items():
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            said = heard(process)
+            times[name].append(said["seconds"])
+            memory[name] = said["memory"]
+    for process in processes.values():
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+    reached = facts["ceiling"]["operations"] / median(times["ceiling"])
+    table = Table(
+        "", "parameters", "images/s", "against diffusers", "GFLOP/s", "of the ceiling", "memory", "precision",
+        title=f"{network}: {SIZE} x {SIZE}, batch {options.batch}, convolutions alone {reached / 1e9:.0f} GFLOP/s",
+    )  # fmt: skip
+    for name in options.contestants:
+        seconds = median(times[name])
+        speed = facts[name]["operations"] / seconds
+        # Turn by turn: neighbours in time had the same machine.
+        ratio = median(a / b for a, b in zip(times[options.contestants[0]], times[name], strict=True))
+        table.add_row(
+            name, f"{facts[name]['parameters'] / 1e6:.2f} M", f"{options.batch / seconds:.1f}", f"{ratio:.2f} x",
+            f"{speed / 1e9:.1f}", f"{speed / reached:.0%}", f"{memory[name] / 1e6:.0f} MB", facts[name]["precision"],
+        )  # fmt: skip
+    screen.print(table)
+
+
+def main(options: Options) -> None:
+    """Measure each network."""
+    for network in options.networks:
+        measure(network, options, Console(width=130))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker, shape, fields = json.loads(sys.argv[2])
+        work(worker, shape, Options(**fields))
+    else:
+        main(tyro.cli(Options))
