@@ -90,7 +90,7 @@ def main(options: Options) -> None:
     """Measure every cell and print the shares."""
     names = tuple(OF_FEATURES)
     table = Table("distribution", "a side", *names, "seconds", title=f"{options.draws} draws, {options.dimension} axes")
-    screen, worst = Console(width=140), 1.0
+    screen, known = Console(width=140), list[float]()
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes or cores()) as pool:
         for name in options.distributions:
@@ -98,13 +98,14 @@ def main(options: Options) -> None:
                 begin = time.monotonic()
                 found = pool.map(partial(holds, name, count, options.dimension), range(options.draws), chunksize=1)
                 shares = [share([draw[metric] for draw in found]) for metric in names]
-                worst = min([worst, *(one for one in shares if one is not None)])
+                known += [one for one in shares if one is not None]
                 words = ["too few" if one is None else f"{one:.1%}" for one in shares]
                 row = [name, f"{count:,}", *words, f"{time.monotonic() - begin:.0f}"]
                 table.add_row(*row)
                 screen.print(" · ".join(row))
     screen.print(table)
-    screen.print(f"lowest {worst:.1%}, judged {JUDGED:.0%}: {'ok' if worst >= JUDGED else 'NOT met'}")
+    below = sum(one < JUDGED for one in known)
+    screen.print(f"{len(known)} shares, the lowest {min(known, default=0):.1%}; {below} below the judged {JUDGED:.0%}")
 
 
 def share(held: list[bool | None]) -> float | None:

@@ -4,13 +4,15 @@
 
 Every contestant is a process of its own that trains when it is told to and waits otherwise. They take turns, so that
 whatever else the machine does hits all alike; a figure is the median of its turns. The network has the same shapes
-everywhere and the weights of the first contestant. A step is what each system does for one batch:
+everywhere. A step is what each system does for one batch:
 
     diffusers       its train_unconditional.py: noise and times, forward, MSE, backward, clip, AdamW, cosine rate, EMA
     diffusers bf16  the same under bf16 autocast, as somebody who knows would add
     snowmelt        what `snowmelt train` does, in the precision that it would choose here
 
-Shares are of what this machine's convolutions reach alone, 3 x 3 with 128 channels, forward and backward, in turn too.
+Shares are of what this machine's convolutions reach alone in the same format (3 x 3 with 128 channels, forward and
+backward, in turn too). Operations are those of the network's forward and backward pass, the same for all. Memory is
+the largest resident size, which for Snowmelt includes its comparison of formats before the training.
 """
 
 from __future__ import annotations
@@ -156,9 +158,10 @@ CONTESTANTS: dict[str, Callable[[str, int], tuple[Callable[[], object], str, Any
     "diffusers bf16": lambda network, batch: diffusers_step(network, batch, bf16=True),
     "snowmelt": snowmelt_step,
 }
+CEILINGS = ("fp32", "bf16")
 
 
-def ceiling() -> tuple[Callable[[], object], str, float]:
+def ceiling(*, bf16: bool) -> tuple[Callable[[], object], float]:
     """A convolution and its gradients, and their floating-point operations."""
     import torch
 
@@ -166,9 +169,26 @@ def ceiling() -> tuple[Callable[[], object], str, float]:
     x = torch.randn(16, 128, SIZE, SIZE, requires_grad=True)
 
     def step() -> None:
-        layer(x).sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = layer(x).sum()
+        loss.backward()
 
-    return step, "fp32", 3 * 2 * 16 * 128 * 128 * 9 * SIZE**2
+    return step, 3 * 2 * 16 * 128 * 128 * 9 * SIZE**2
+
+
+def operations_of(network: str, batch: int) -> float:
+    """Floating-point operations of a forward and a backward pass."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from snowmelt.foreign.unet2d import network_of
+    from snowmelt.networks.unet import UNet
+
+    unet, _ = network_of(settings(network), Path("benchmark"))
+    model = UNet(unet, channels=CHANNELS, classes=0)
+    with FlopCounterMode(display=False) as counted:
+        model(torch.randn(batch, CHANNELS, SIZE, SIZE), torch.zeros(batch)).sum().backward()
+    return counted.get_total_flops()
 
 
 def work(name: str, network: str, options: Options) -> None:
@@ -176,22 +196,18 @@ def work(name: str, network: str, options: Options) -> None:
     import resource
 
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from snowmelt.data.workers import cores
 
     torch.set_num_threads(cores())
-    if name == "ceiling":
-        step, precision, operations = ceiling()
-        parameters = 0
+    facts: dict[str, Any] = {}
+    if name in CEILINGS:
+        step, facts["operations"] = ceiling(bf16=name == "bf16")
     else:
-        step, precision, model = CONTESTANTS[name](network, options.batch)
-        parameters = sum(weight.numel() for weight in model.parameters())
-        with FlopCounterMode(display=False) as counted:
-            step()
-        operations = counted.get_total_flops()
+        step, facts["precision"], model = CONTESTANTS[name](network, options.batch)
+        facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     step()
-    print(json.dumps({"parameters": parameters, "operations": operations, "precision": precision}), flush=True)
+    print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         count, begin = 0, time.perf_counter()
         while time.perf_counter() - begin < options.seconds or count < 2:
@@ -226,9 +242,13 @@ def heard(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def measure(network: str, options: Options, screen: Console) -> None:
     """All contestants in turns, and the table."""
-    names = [*options.contestants, "ceiling"]
-    processes = {name: start(name, network, options) for name in names}
-    facts = {name: heard(process) for name, process in processes.items()}
+    processes: dict[str, subprocess.Popen[str]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for name in (*options.contestants, *CEILINGS):
+        # One after the other, since some choose how to compute by a measurement.
+        processes[name] = start(name, network, options)
+        facts[name] = heard(processes[name])
+    names, operations = list(processes), operations_of(network, options.batch)
     times: dict[str, list[float]] = {name: [] for name in names}
     memory = dict.fromkeys(names, 0)
     for _ in range(options.turns):
@@ -243,19 +263,20 @@ def measure(network: str, options: Options, screen: Console) -> None:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
-    reached = facts["ceiling"]["operations"] / median(times["ceiling"])
+    reached = {name: facts[name]["operations"] / median(times[name]) for name in CEILINGS}
     table = Table(
         "", "parameters", "images/s", "against diffusers", "GFLOP/s", "of the ceiling", "memory", "precision",
-        title=f"{network}: {SIZE} x {SIZE}, batch {options.batch}, convolutions alone {reached / 1e9:.0f} GFLOP/s",
+        title=f"{network}: {SIZE} x {SIZE}, batch {options.batch}; convolutions alone "
+        + ", ".join(f"{name} {speed / 1e9:.0f} GFLOP/s" for name, speed in reached.items()),
     )  # fmt: skip
     for name in options.contestants:
-        seconds = median(times[name])
-        speed = facts[name]["operations"] / seconds
+        seconds, precision = median(times[name]), facts[name]["precision"]
+        speed = operations / seconds
         # Turn by turn: neighbours in time had the same machine.
         ratio = median(a / b for a, b in zip(times[options.contestants[0]], times[name], strict=True))
         table.add_row(
             name, f"{facts[name]['parameters'] / 1e6:.2f} M", f"{options.batch / seconds:.1f}", f"{ratio:.2f} x",
-            f"{speed / 1e9:.1f}", f"{speed / reached:.0%}", f"{memory[name] / 1e6:.0f} MB", facts[name]["precision"],
+            f"{speed / 1e9:.1f}", f"{speed / reached[precision]:.0%}", f"{memory[name] / 1e6:.0f} MB", precision,
         )  # fmt: skip
     screen.print(table)
 

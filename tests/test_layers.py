@@ -12,7 +12,7 @@ LAYERS = (
     {"errors", "shapes", "seeds", "files", "terminal", "tables", "config", "networks", "diffusion", "data", "device"},
     {"ema", "checkpoint", "models", "evaluation", "run", "pictures", "presets", "foreign", "pages"},
     {"training", "explaining", "edits", "reporting", "evaluating", "comparing"},
-    {"prepare", "train", "sample", "edit", "evaluate", "explain", "exchange", "report", "compare"},
+    {"prepare", "train", "sample", "tune", "edit", "evaluate", "explain", "exchange", "report", "compare"},
     {"cli"},
     {"__main__"},
 )

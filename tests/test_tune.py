@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -18,10 +20,12 @@ from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.diffusion.search import Costs, Trajectories
 from snowmelt.diffusion.walk import Step
-from snowmelt.evaluation.drawing import keep_tuned, settled
+from snowmelt.evaluating.options import EvaluateOptions
+from snowmelt.evaluating.quality import order_of
+from snowmelt.evaluation.drawing import keep_tuned, tuned
 from snowmelt.models.base import Drawing
 from snowmelt.run import Run
-from snowmelt.tune import shifted
+from snowmelt.tune import moved
 
 MIXTURE = GaussianMixture(
     torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
@@ -91,11 +95,11 @@ def test_searched_levels_draw_closer_than_usual_ones(name):
     assert error(searched) < 0.8 * usual, (error(searched), usual)
 
 
-def test_shifted_levels_rise():
+def test_moved_levels_rise():
     levels = (-9.0, -4.0, 0.0, 6.0)
     for place in (1, 2, 3):
         for share in (0.9, -0.9):
-            other = shifted(levels, place, share)
+            other = moved(levels, place, share)
             assert all(low < high for low, high in pairwise(other)) and other[0] == -9.0
             assert [one != two for one, two in zip(levels, other, strict=True)].index(True) == place
 
@@ -112,35 +116,51 @@ def digits(tmp_path_factory) -> Path:
 
 
 def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys):
+    def drawn(*words: str) -> tuple[dict, bytes]:
+        assert cli(["sample", str(digits), "--count", "1", "--out", str(tmp_path), *words]) == 0
+        return json.loads((tmp_path / "seed0-00000.json").read_text()), (tmp_path / "seed0-00000.png").read_bytes()
+
+    before, picture = drawn("--steps", "6")
     words = ["tune", str(digits), "--pictures", "64", "--counts", "4", "6", "--samplers", "ddim", "ipndm"]
     assert cli(words) == 0
     assert "ipndm, as usual" in capsys.readouterr().err
     kept = json.loads((digits / "evaluations" / "levels.json").read_text())["steps"]
-    assert kept.keys() == {"4", "6"} and all(of.keys() == {"ddim", "ipndm"} for of in kept.values())
-    best = next(iter(kept["6"]))
-    for words, sampler, levels in (
-        (["--steps", "6"], best, kept["6"][best]),
-        (["--steps", "4", "--sampler", "ipndm"], "ipndm", kept["4"]["ipndm"]),
-        (["--steps", "6", "--spacing", "time"], "ddim", None),
-        (["--steps", "6", "--sampler", "unipc"], "unipc", None),
-        (["--steps", "7"], "ddim", None),
-    ):
-        assert cli(["sample", str(digits), "--count", "1", "--out", str(tmp_path), *words]) == 0
-        note = json.loads((tmp_path / "seed0-00000.json").read_text())
-        assert (note["sampler"], note.get("levels")) == (sampler, levels), words
+    assert kept.keys() == {"4", "6"} and all(len(kept[count]["levels"]) == int(count) for count in kept)
+    after, other = drawn("--steps", "6")
+    assert (after["sampler"], after["levels"]) == (kept["6"]["sampler"], kept["6"]["levels"]) and other != picture
+    assert drawn(*shlex.split(after["command"])[3:]) == (after, other), "its note draws it again"
+    again = shlex.split(before["command"])[3:]
+    assert drawn(*again)[1] == picture, "and so does a note of before the tuning"
+    for words in (["--steps", "7"], ["--steps", "6", "--spacing", "time"], ["--steps", "6", "--guidance", "2"]):
+        assert drawn(*words)[0]["sampler"] == "ddim"
+    run = Run.open(digits)
+    options = EvaluateOptions(digits, steps=6)
+    assert order_of(run, options).drawing.levels == tuple(kept["6"]["levels"])
+    assert order_of(run, dataclasses.replace(options, sampler="unipc")).drawing.levels == ()
+    assert order_of(run, EvaluateOptions(digits)).drawing.levels == ()
 
 
 def test_levels_of_other_weights_are_not_used(digits):
     run = Run.open(digits)
-    path = keep_tuned(run, {5: {"ddim": (-5.0, 0.0, 5.0)}})
-    drawing = Drawing(steps=5)
-    assert settled(run, drawing, None).levels == (-5.0, 0.0, 5.0)
+    state = run.state_of("newest")
+    path = keep_tuned(run, state, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0))})
+    assert tuned(run, state, 3) == Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0))
+    assert tuned(run, state, 4) is None
     known = json.loads(path.read_text())
-    for damage in ({**known, "weights": "other"}, {**known, "steps": {"5": {"ddim": [3, 1]}}}, [], {"steps": 3}):
+    of = known["steps"]["3"]
+    for damage in (
+        {**known, "weights": "other"},
+        {**known, "steps": {"3": {**of, "levels": [3, 1, 2]}}},
+        {**known, "steps": {"3": {**of, "levels": [1, 2]}}},
+        {**known, "steps": {"3": {**of, "sampler": "magic"}}},
+        {**known, "steps": {"3": {**of, "levels": [10**400, 1, 2]}}},
+        {"steps": 3},
+        [],
+    ):
         path.write_text(json.dumps(damage))
-        assert settled(run, drawing, None) == drawing
+        assert tuned(run, state, 3) is None, damage
     path.unlink()
-    assert settled(run, drawing, None) == drawing
+    assert tuned(run, state, 3) is None
 
 
 @pytest.mark.parametrize(
@@ -151,10 +171,22 @@ def test_levels_of_other_weights_are_not_used(digits):
         (["--samplers", "dimm"], "ddim"),
         (["--counts", "2"], "from 3"),
         (["--pictures", "3"], "at least 64"),
+        (["--device", "abacus"], "no device"),
     ],
 )
 def test_mistakes_are_one_sentence(digits, words, said, capsys):
+    path = digits / "evaluations" / "levels.json"
+    before = path.read_bytes() if path.exists() else None
     assert cli(["tune", str(digits), *words]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-    assert not (digits / "evaluations" / "levels.json").exists()
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_a_gan_has_nothing_to_tune(tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
+    out = str(tmp_path / "run")
+    assert cli(["train", "builtin:digits", "--model", "gan", "--out", out, "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert cli(["tune", out]) == 2
+    assert "nothing to tune" in capsys.readouterr().err

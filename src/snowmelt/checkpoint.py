@@ -138,13 +138,14 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path
     """Put the weights of a checkpoint into a module.
 
     Raises:
-        UserError: they do not fit, because the run's config.toml was altered.
+        UserError: they do not fit, because the run's config.toml was altered or another version made them.
     """
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
-            f"The weights in {path} do not fit the network in the run's config.toml; put config.toml back as it was."
+            f"The weights in {path} do not fit the network in the run's config.toml; put config.toml back as it was, "
+            "or use the version of Snowmelt that it names."
         ) from error
 
 

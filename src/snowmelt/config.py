@@ -265,6 +265,10 @@ class GANConfig:
         for name in ("gamma", "gamma_last"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"gan.{name} is {getattr(self, name)}; give a number of at least 0, such as 0.2.")
+        if (self.gamma == 0) != (self.gamma_last == 0):
+            raise UserError(
+                "gan.gamma and gan.gamma_last turn into each other by factors; give 0 for both, or neither."
+            )
         if self.burn_in < 0:
             raise UserError(f"gan.burn_in is {self.burn_in}; give a number of images, such as 15000, or 0 for none.")
         if not 0 <= self.augment < 1:

@@ -52,7 +52,7 @@ class SampleOptions:
     """newest, before (it knew its training pictures by heart), or the number of a step that the run has kept."""
     sampler: str | None = None
     """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md. When not
-    given the one that `snowmelt tune` found best for so few steps, else ddim."""
+    given ddim, or what `snowmelt tune` found best for so few steps."""
     steps: int = 50
     """Noise levels that are visited; most samplers ask the network once at each."""
     schedule: str | None = None
@@ -110,7 +110,7 @@ def sample(options: SampleOptions) -> list[Path]:
     import torch
 
     from snowmelt.device import make_precision, pick_device
-    from snowmelt.evaluation.drawing import make_ready, settled
+    from snowmelt.evaluation.drawing import make_ready, tuned
     from snowmelt.models import check_drawing
     from snowmelt.models.base import Drawing
     from snowmelt.pictures import save_png, sheet, strip
@@ -119,7 +119,9 @@ def sample(options: SampleOptions) -> list[Path]:
     run = Run.open(Path(options.run))
     wanted = wanted_pictures(options, run)
 
-    drawing = settled(run, Drawing.of(options), options.sampler)
+    drawing = Drawing.of(options)
+    if options.sampler is None and drawing == Drawing(steps=drawing.steps):
+        drawing = tuned(run, run.state_of(options.state), drawing.steps) or drawing
     check_drawing(drawing, classes=bool(run.config.data.classes))
     precision = make_precision(pick_device(options.device), options.precision)
     model, checkpoint = run.load_model(precision, options.state)

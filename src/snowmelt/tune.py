@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -16,8 +16,10 @@ from snowmelt.terminal import console
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from snowmelt.diffusion.search import Trajectories
+    from snowmelt.diffusion.multistep import Form
+    from snowmelt.diffusion.search import Costs, Trajectories
     from snowmelt.diffusion.walk import NoiseSource, Step
+    from snowmelt.models.base import Drawing
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.shapes import Images, Labels
 
@@ -26,10 +28,10 @@ FINE = 41
 REFERENCE = "dpmpp_3m"
 DISCOUNTS = (0.0, 0.5, 1.0)
 """How much of an error the rest of the way undoes (see `snowmelt.diffusion.search`); each is tried."""
-BATCH = 64
-"""Pictures drawn at once; also those that every candidate draws."""
-CHECKED = 128
-"""Pictures that the levels found are checked on."""
+TRIED, CHECKED = 64, 128
+"""Pictures that every candidate draws, and others that the best are checked on."""
+LARGEST_BATCH, LARGE = 64, 64
+"""Pictures drawn at once, up to this size; fewer of larger ones, whose trajectories would not fit into memory."""
 SHIFTS = (0.3, -0.3)
 """Shares of the way to a neighbour by which a level is moved, to see whether that is better."""
 ROUNDS = 2
@@ -57,31 +59,39 @@ class TuneOptions:
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
 
 
-class Found(NamedTuple):
-    """Levels for a sampler."""
+class Part(NamedTuple):
+    """Pictures that were drawn in many steps."""
 
-    sampler: str
-    levels: tuple[float, ...]
-    error: float
-    """How far their pictures are from those of many steps: root mean square over pixels in [-1, 1]."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """Pictures drawn in many steps, which few steps should draw too."""
-
-    model: DiffusionModel
     noise: NoiseSource
     labels: Labels | None
     wanted: Images
 
-    def found(self, sampler: str, levels: tuple[float, ...]) -> Found:
-        """What these levels draw, compared with it."""
-        from snowmelt.models.base import Drawing
 
-        drawn = list(self.model.sample(self.noise, self.labels, Drawing(sampler=sampler, levels=levels)))[-1]
-        error = (drawn.x0.clamp(-1, 1) - self.wanted).square().mean().sqrt().item()
-        return Found(sampler, levels, error)
+class Trial(NamedTuple):
+    """Levels for a sampler, tried."""
+
+    drawing: Drawing
+    error: float
+    """How far the pictures are from those of many steps: root mean square over pixels in [-1, 1]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where levels are tried: few steps should draw what many have drawn."""
+
+    model: DiffusionModel
+    parts: list[Part]
+    tried: Callable[[], object]
+    """Called after every trial."""
+
+    def trial(self, drawing: Drawing) -> Trial:
+        """Draw so, and compare."""
+        squares: list[float] = []
+        for part in self.parts:
+            *_, last = self.model.sample(part.noise, part.labels, drawing)
+            squares += [(last.x0.clamp(-1, 1) - part.wanted).square().mean().item()] * len(part.wanted)
+        self.tried()
+        return Trial(drawing, (sum(squares) / len(squares)) ** 0.5)
 
 
 def tune(options: TuneOptions) -> Path:
@@ -95,34 +105,37 @@ def tune(options: TuneOptions) -> Path:
     from rich.table import Table
 
     from snowmelt.device import make_precision, pick_device
-    from snowmelt.diffusion.search import Trajectories
     from snowmelt.evaluation.drawing import keep_tuned
+    from snowmelt.models.base import Drawing
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
 
     check(options)
     run = Run.open(Path(options.run))
-    model, _ = run.load_model(make_precision(pick_device(options.device), options.precision))
+    model, state = run.load_model(make_precision(pick_device(options.device), options.precision))
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step: nothing to tune.")
     with Progress(console=console(), transient=True) as progress:
-        drawn = trajectories(model, options, progress)
-        bench, walk = next(drawn)
-        others = (walk for _, walk in islice(drawn, -(-options.pictures // BATCH) - 1))
-        best = search(bench, Trajectories.of(chain([walk], others)), options, progress)
-        checked = [bench for bench, _ in drawn]
-        table = Table("steps", "sampler", "error", *(f"{name}, as usual" for name in options.samplers))
-        for count, by_sampler in best.items():
-            first = next(iter(by_sampler.values()))
-            mean = _mean_error(checked, first.sampler, first.levels)
-            usual = (_mean_error(checked, name, usual_levels(model, name, count)) for name in options.samplers)
-            table.add_row(str(count), first.sampler, f"{mean:.4f}", *(f"{error:.4f}" for error in usual))
-    file = keep_tuned(run, {count: {n: one.levels for n, one in of.items()} for count, of in best.items()})
+        drawn = walks(model, options, progress)
+        found, parts = learned(drawn, options.pictures)
+        trying = progress.add_task("Levels", total=_trials(options))
+        bench = Bench(model, parts, lambda: progress.advance(trying))
+        costs = costs_of(found, options.samplers)
+        best = {count: searched(bench, costs, count) for count in options.counts}
+        others = [part for part, _ in drawn]
+        checking = progress.add_task("Check", total=len(best) * (1 + len(options.samplers)))
+        check_bench = Bench(model, others, lambda: progress.advance(checking))
+        table = Table("steps", "best", "error", *(f"{name}, as usual" for name in options.samplers))
+        for count, one in best.items():
+            usual = (check_bench.trial(Drawing(sampler=name, steps=count)).error for name in options.samplers)
+            error = check_bench.trial(one.drawing).error
+            table.add_row(str(count), one.drawing.sampler, f"{error:.4f}", *(f"{other:.4f}" for other in usual))
+    file = keep_tuned(run, state, {count: one.drawing for count, one in best.items()})
     screen = console()
     screen.print(table)
     screen.print(
-        f"Difference from the pictures of {FINE} steps, root mean square over pixels from -1 to 1, on "
-        f"{CHECKED} pictures that nothing was learned from."
+        f"Errors are differences from pictures of {FINE} steps, root mean square over pixels from -1 to 1, of "
+        f"{CHECKED} pictures that had no part in the search."
     )
     screen.print(f"Wrote {file}; snowmelt sample {run.path} --steps {options.counts[-1]} uses it.", markup=False)
     return file
@@ -141,12 +154,12 @@ def check(options: TuneOptions) -> None:
             raise UserError(f"--counts has {count}; give numbers of steps from {FEWEST} to {MOST}.")
     if not options.samplers or not options.counts:
         raise UserError("--samplers and --counts need a value each; leave them away for the usual ones.")
-    if options.pictures < BATCH:
-        raise UserError(f"--pictures is {options.pictures}; give at least {BATCH}.")
+    if options.pictures < TRIED:
+        raise UserError(f"--pictures is {options.pictures}; give at least {TRIED}.")
 
 
-def trajectories(model: DiffusionModel, options: TuneOptions, progress: Progress) -> Iterator[tuple[Bench, list[Step]]]:
-    """Walks over `FINE` levels, `BATCH` pictures each: those to learn from, then those to check on."""
+def walks(model: DiffusionModel, options: TuneOptions, progress: Progress) -> Iterator[tuple[Part, list[Step]]]:
+    """Batches of pictures with their walks over `FINE` levels: `options.pictures` to learn from, `CHECKED` others."""
     import torch
 
     from snowmelt.evaluation.drawing import class_by_chance
@@ -154,71 +167,89 @@ def trajectories(model: DiffusionModel, options: TuneOptions, progress: Progress
     from snowmelt.seeds import noise_source
 
     data, device = model.config.data, model.precision.device
-    total = -(-options.pictures // BATCH) + CHECKED // BATCH
-    work = progress.add_task("Trajectories", total=total * FINE)
-    for part in range(total):
-        numbers = range(part * BATCH, (part + 1) * BATCH)
-        noise = noise_source([options.seed] * BATCH, numbers, (data.channels, data.size, data.size), device)
+    batch = max(1, min(LARGEST_BATCH, LARGEST_BATCH * LARGE**2 // data.size**2))
+    starts = [*range(0, options.pictures, batch), *range(options.pictures, options.pictures + CHECKED, batch)]
+    work = progress.add_task("Trajectories", total=len(starts) * FINE)
+    for start, stop in pairwise([*starts, options.pictures + CHECKED]):
+        numbers = range(start, stop)
+        shape = (data.channels, data.size, data.size)
+        noise = noise_source([options.seed] * len(numbers), numbers, shape, device)
         classes = [class_by_chance(data, options.seed, number) for number in numbers] if data.classes else []
         labels = torch.tensor(classes, device=device) if classes else None
         walk: list[Step] = []
         for step in model.sample(noise, labels, Drawing(sampler=REFERENCE, steps=FINE)):
             walk.append(step)
             progress.advance(work)
-        yield Bench(model, noise, labels, walk[-1].x0.clamp(-1, 1)), walk
+        yield Part(noise, labels, walk[-1].x0.clamp(-1, 1)), walk
 
 
-def search(bench: Bench, found: Trajectories, options: TuneOptions, progress: Progress) -> dict[int, dict[str, Found]]:
-    """For each count the levels of each sampler, the best sampler first."""
+def learned(drawn: Iterator[tuple[Part, list[Step]]], pictures: int) -> tuple[Trajectories, list[Part]]:
+    """What the first `pictures` of the walks teach, and the first `TRIED` of the pictures."""
+    from snowmelt.diffusion.search import Trajectories
+
+    parts: list[Part] = []
+
+    def some() -> Iterator[list[Step]]:
+        seen = 0
+        while seen < pictures:
+            part, walk = next(drawn)
+            if seen < TRIED:
+                parts.append(part)
+            seen += len(part.wanted)
+            yield walk
+
+    return Trajectories.of(some()), parts
+
+
+def costs_of(found: Trajectories, samplers: Sequence[str]) -> dict[str, Costs]:
+    """What each sampler's steps cost; computed once for those that weigh two answers alike."""
     from snowmelt.diffusion.samplers import SAMPLERS
     from snowmelt.diffusion.search import Costs
 
-    work = progress.add_task("Levels", total=len(options.samplers) + len(options.counts))
-    best: dict[int, dict[str, Found]] = {count: {} for count in options.counts}
-    for name in options.samplers:
+    kinds: dict[tuple[Form, int], Costs] = {}
+    costs: dict[str, Costs] = {}
+    for name in samplers:
         how = SAMPLERS[name].how
         assert how is not None, "they were checked"
-        costs = Costs.of(found, how.form, answers=how.order)
-        for count in options.counts:
-            paths = {usual_levels(bench.model, name, count)}
-            for discount in DISCOUNTS:
-                places = costs.discounted(bench.model.config.data.std, discount).best(count)
-                paths.add(tuple(found.levels[place] for place in places))
-            best[count][name] = min((bench.found(name, path) for path in sorted(paths)), key=lambda one: one.error)
-        progress.advance(work)
-    for count, by_sampler in best.items():
-        first = min(by_sampler.values(), key=lambda one: one.error)
-        by_sampler[first.sampler] = moved(bench, first)
-        best[count] = dict(sorted(by_sampler.items(), key=lambda item: item[1].error))
-        progress.advance(work)
+        kind = how.form, min(how.order, 2)
+        if kind not in kinds:
+            kinds[kind] = Costs.of(found, how.form, answers=kind[1])
+        costs[name] = kinds[kind]
+    return costs
+
+
+def searched(bench: Bench, costs: dict[str, Costs], count: int) -> Trial:
+    """The best levels of `count` steps, of the best sampler."""
+    from snowmelt.models.base import Drawing
+
+    tried: list[Trial] = []
+    for name, cost in costs.items():
+        usual = bench.model.grid(Drawing(sampler=name, steps=count)).tolist()
+        tried.append(bench.trial(Drawing(sampler=name, levels=tuple(usual))))
+        for discount in DISCOUNTS:
+            places = cost.discounted(bench.model.config.data.std, discount).best(count)
+            tried.append(bench.trial(Drawing(sampler=name, levels=tuple(cost.levels[place] for place in places))))
+    best = min(tried, key=_error)
+    for _ in range(ROUNDS):
+        for place in range(1, count):
+            for share in SHIFTS:
+                other = dataclasses.replace(best.drawing, levels=moved(best.drawing.levels, place, share))
+                best = min(best, bench.trial(other), key=_error)
     return best
 
 
-def moved(bench: Bench, found: Found) -> Found:
-    """`found` with each level but the first moved, one at a time, where that is better."""
-    for _ in range(ROUNDS):
-        for place in range(1, len(found.levels)):
-            for shift in SHIFTS:
-                other = shifted(found.levels, place, shift)
-                found = min(found, bench.found(found.sampler, other), key=lambda one: one.error)
-    return found
-
-
-def shifted(levels: tuple[float, ...], place: int, share: float) -> tuple[float, ...]:
+def moved(levels: tuple[float, ...], place: int, share: float) -> tuple[float, ...]:
     """The levels, one of them moved by a share of the way to its next neighbour (share > 0) or the one before."""
-    before, after = levels[place] - levels[place - 1], 0.0
+    before = levels[place] - levels[place - 1]
     after = levels[place + 1] - levels[place] if place + 1 < len(levels) else before
-    level = levels[place] + share * (after if share > 0 else before)
-    return (*levels[:place], level, *levels[place + 1 :])
+    return (*levels[:place], levels[place] + share * (after if share > 0 else before), *levels[place + 1 :])
 
 
-def usual_levels(model: DiffusionModel, sampler: str, count: int) -> tuple[float, ...]:
-    """Where the sampler would go if nothing were tuned."""
-    from snowmelt.models.base import Drawing
-
-    return tuple(model.grid(Drawing(sampler=sampler, steps=count)).tolist())
+def _error(trial: Trial) -> float:
+    return trial.error
 
 
-def _mean_error(benches: list[Bench], sampler: str, levels: tuple[float, ...]) -> float:
-    squares = [bench.found(sampler, levels).error ** 2 for bench in benches]
-    return (sum(squares) / len(squares)) ** 0.5
+def _trials(options: TuneOptions) -> int:
+    """How many trials `searched` makes for all counts."""
+    of_samplers = len(options.samplers) * (1 + len(DISCOUNTS))
+    return sum(of_samplers + ROUNDS * (count - 1) * len(SHIFTS) for count in options.counts)

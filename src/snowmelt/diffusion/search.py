@@ -50,8 +50,8 @@ class Trajectories:
             rows = [step.x for step in walk] + [step.x0 for step in walk]
             for start in range(0, len(rows[0]), CHUNK):
                 # In double precision: errors are small differences of these products.
-                basis = torch.stack([row[start : start + CHUNK].flatten().double() for row in rows])
-                part = (basis @ basis.T).cpu()
+                basis = torch.stack([row[start : start + CHUNK].flatten().cpu().double() for row in rows])
+                part = basis @ basis.T
                 total = part if not values else total + part
                 values += basis.shape[1]
         assert values, "there is a trajectory at least"

@@ -23,7 +23,7 @@ from snowmelt.errors import UserError
 from snowmelt.evaluating.draw import Drawn, Order, draw, seconds_per_picture
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.classes import recognised
-from snowmelt.evaluation.drawing import settled
+from snowmelt.evaluation.drawing import tuned
 from snowmelt.evaluation.features import Space, expected_seconds, open_spaces, real_features
 from snowmelt.evaluation.levels import errors_of
 from snowmelt.evaluation.memorization import Gap, Searched, find_copies, gaps
@@ -59,8 +59,8 @@ def order_of(run: Run, options: EvaluateOptions) -> Order:
     numbers = tuple(range(options.samples))
     device = str(pick_device(options.device))
     drawing = drawing_of(options)
-    if options.sampler is None and options.steps is not None:
-        drawing = settled(run, drawing, None)
+    if options.steps is not None and drawing == Drawing(sampler=SAMPLER, steps=options.steps) and not options.sampler:
+        drawing = tuned(run, run.state_of(options.state), options.steps) or drawing
     return Order(str(run.path), options.state, drawing, options.seed, numbers, options.batch, device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -81,7 +81,9 @@ def measured_variance(run: Run, model: DiffusionModel) -> Variance:
     Raises:
         UserError: the prepared pictures are gone.
     """
-    path, weights = run.folder("evaluations") / "variance.json", _weights(run)
+    newest = run.newest_checkpoint()
+    assert newest is not None, "a model was loaded from it"
+    path, weights = run.folder("evaluations") / "variance.json", _weights(newest)
     levels, powers = _kept(path, weights) or ([], [])
     if not levels:
         grid = log_snr_grid(model.schedule, MEASURED_LEVELS)
@@ -117,46 +119,28 @@ def _powers(run: Run, model: DiffusionModel) -> list[float]:
 TUNED = "levels.json"
 
 
-def keep_tuned(run: Run, found: dict[int, dict[str, tuple[float, ...]]]) -> Path:
-    """Keep levels for numbers of steps, by sampler, the best sampler first, in the run, with the weights they suit."""
+def keep_tuned(run: Run, state: Path, found: dict[int, Drawing]) -> Path:
+    """Keep in the run how so few steps draw best with the weights of `state`, in the place of what was kept before."""
     path = run.folder("evaluations") / TUNED
-    steps = {str(count): {name: list(levels) for name, levels in of.items()} for count, of in found.items()}
-    write_atomic(path, json.dumps({"weights": _weights(run), "steps": steps}, indent=1))
+    steps = {str(count): {"sampler": one.sampler, "levels": list(one.levels)} for count, one in found.items()}
+    write_atomic(path, json.dumps({"weights": _weights(state), "steps": steps}, indent=1))
     return path
 
 
-def settled(run: Run, drawing: Drawing, sampler: str | None) -> Drawing:
-    """`drawing` with the levels that `tune` found for its steps, where nothing was said about levels.
-
-    Args:
-        sampler: what was asked for; None takes the best for so few steps, where that is known.
-    """
-    if drawing.levels or drawing.spacing or drawing.schedule or drawing.variance:
-        return drawing
-    by_sampler = _tuned(run).get(drawing.steps, {})
-    name = sampler or next(iter(by_sampler), None)
-    if name is None or name not in by_sampler:
-        return drawing
-    return replace(drawing, sampler=name, levels=by_sampler[name])
-
-
-def _tuned(run: Run) -> dict[int, dict[str, tuple[float, ...]]]:
-    """What was kept for the newest weights; nothing where there is nothing that can be used."""
+def tuned(run: Run, state: Path, steps: int) -> Drawing | None:
+    """How `tune` found that so few steps draw best with the weights of `state`; None where it did not look."""
     try:
         known = json.loads((run.path / "evaluations" / TUNED).read_text(encoding="utf-8"))
-        found = {
-            int(count): {
-                choose(SAMPLERS, name, "sampler") and name: tuple(given_grid([float(one) for one in levels]).tolist())
-                for name, levels in of.items()
-            }
-            for count, of in known["steps"].items()
-        }
-        return found if known["weights"] == _weights(run) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
-        return {}
+        chosen = known["steps"][str(steps)]
+        levels = tuple(given_grid([float(level) for level in chosen["levels"]]).tolist())
+        choose(SAMPLERS, chosen["sampler"], "sampler")
+        if known["weights"] != _weights(state) or len(levels) != steps:
+            return None
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, UserError):
+        return None
+    return Drawing(sampler=chosen["sampler"], levels=levels)
 
 
-def _weights(run: Run) -> str:
-    """The digest of the newest average weights."""
-    newest = run.newest_checkpoint()
-    return "" if newest is None else str(checkpoint.read_state(newest)["sha256"]["average"])
+def _weights(state: Path) -> str:
+    """The digest of the average weights of a state."""
+    return str(checkpoint.read_state(state)["sha256"]["average"])

@@ -5,7 +5,8 @@ With D the critic's score, x a real picture and y a generated one of the same cl
     generator  softplus(-(D(y) - D(x)))
     critic     softplus(-(D(x) - D(y))) + gamma s^2 / 2 (|grad D(x)|^2 + |grad D(y)|^2)
 
-where s^2, the pixels of a picture times their variance, makes gamma mean the same for pictures of any size.
+where s^2, the pixels of a picture times their variance, makes gamma mean the same for pictures of any size. gamma
+falls while the first images are seen: a critic that is held back finds the outlines, a freer one the details.
 Each generated picture is compared with a real one, so the generator cannot win by making one good picture over and
 over; the two penalties (R1, R2) let training converge. (Huang et al. 2024, arXiv:2501.05441; Jolicoeur-Martineau 2018,
 arXiv:1807.00734; Mescheder et al. 2018, arXiv:1801.04406.)

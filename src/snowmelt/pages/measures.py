@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields as fields_of
-from typing import Any
+from typing import Any, get_type_hints
 
 from snowmelt.evaluation.metrics import Figure
 from snowmelt.pages.markup import number, plain
@@ -42,9 +41,10 @@ class Measure(Figure):
     @staticmethod
     def of(fields: dict[str, Any]) -> Measure:
         """From JSON; what is odd is left empty."""
-        readers: dict[object, Callable[[Any], Any]] = {"str": str, "int": whole, "float | None": finite}
-        empty: dict[object, Any] = {"str": ""}
-        read = {one.name: readers[one.type](fields.get(one.name, empty.get(one.type))) for one in fields_of(Figure)}
+        readers: dict[object, Callable[[Any], Any]] = {str: str, int: whole, float | None: finite}
+        kinds = get_type_hints(Figure)
+        given = {name: fields.get(name, "" if kind is str else None) for name, kind in kinds.items()}
+        read = {name: readers[kind](given[name]) for name, kind in kinds.items()}
         return Measure(**{**read, "title": read["title"] or read["metric"] or "a figure"})
 
     @property
@@ -113,7 +113,11 @@ def drawing_words(drawing: Any) -> str:
     """How pictures were drawn; empty where that is not known, plain text."""
     if not isinstance(drawing, dict):
         return ""
-    said = ", ".join(f"{name} {value}" for name, value in drawing.items() if value not in (None, "", []))
+    said = ", ".join(
+        f"{len(value)} {name} from {value[0]:.1f} to {value[-1]:.1f}" if name == "levels" else f"{name} {value}"
+        for name, value in drawing.items()
+        if value not in (None, "", [])
+    )
     return f"with {said}" if said else "in a single step"
 
 
