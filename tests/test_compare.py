@@ -91,6 +91,25 @@ def test_the_headline_says_who_wins_or_that_nobody_does(runs, said):
     assert said in verdict(runs)["headline"]
 
 
+def test_the_best_of_some_is_not_called_alone():
+    runs = three(1.0, 5, 1.1)
+    for run, value in zip(runs, (1.0, 5.0, 2.0), strict=True):  # VAE, GAN, diffusion
+        run["quality"]["figures"].append(figure("frechet", value, space="random"))
+    assert verdict(runs)["headline"] == "The VAE is at the front by every distance, though not alone in most of them."
+
+
+@pytest.mark.parametrize(
+    ("floor", "said"), [(0.2, "left: frechet 1 with diffusion"), (0.99, "none that could be seen")]
+)
+def test_how_far_the_best_is_from_real_pictures_is_said(floor, said):
+    runs = three(1, 5, 9)
+    for run in runs:
+        for one in run["quality"]["figures"]:
+            one |= {"floor": floor, "floor_high": floor + 0.1}
+    (sentence,) = (one for one in verdict(runs)["sentences"] if one.startswith("Distance that is left"))
+    assert said in sentence and f"where real pictures get {floor}" in sentence
+
+
 def test_a_winner_by_one_distance_only_is_no_winner():
     runs = [
         entry("gan", [figure("frechet", 1), figure("kid", 9)]),

@@ -101,6 +101,7 @@ def _headline(runs: list[Run], table: list[dict[str, Any]]) -> str:
 def _sentences(runs: list[Run], table: list[dict[str, Any]]) -> list[str]:
     said = [
         _about(runs, table, DISTANCES, "Nearness to real pictures"),
+        _left(runs, table),
         _about(runs, table, ("precision", "density"), "Single pictures that look real"),
         _about(runs, table, VARIETY, "Variety of the real pictures that is covered"),
         _classes(runs, table),
@@ -128,6 +129,22 @@ def _about(runs: list[Run], table: list[dict[str, Any]], metrics: tuple[str, ...
         if mine and theirs:
             parts.append(f"{_called(runs, one)} and {_called(runs, other)} each win some")
     return f"{what}: {'; '.join(parts) or 'nobody is ahead beyond chance'}."
+
+
+def _left(runs: list[Run], table: list[dict[str, Any]]) -> str:
+    """How far the best is from what real pictures get, by the first of the distances."""
+    row = next((row for row in table if row["metric"] in DISTANCES), None)
+    if row is None:
+        return ""
+    best = row["order"][0][0]
+    figure = next(_figures(run)[row["metric"], row["space"]] for run in runs if run["name"] == best)
+    if figure.get("floor_high") is None:
+        return ""
+    seen = "" if figure["low"] > figure["floor_high"] else "none that could be seen: "
+    return (
+        f"Distance that is left: {seen}{figure['title']} {figure['value']:.3g} with {_called(runs, best)}, "
+        f"the nearest, where real pictures get {figure['floor']:.2g}."
+    )
 
 
 def _classes(runs: list[Run], table: list[dict[str, Any]]) -> str:
@@ -177,9 +194,9 @@ def _speed(runs: list[Run]) -> str:
     fast, slow = min(times, key=lambda name: times[name]), max(times, key=lambda name: times[name])
     ratio = times[slow] / times[fast]
     if ratio < 1.5:
-        return "Drawing takes about as long with each."
+        return "Time to draw a picture: about the same with each."
     parts = [f"{1000 * seconds:.3g} ms with {_called(runs, name)}" for name, seconds in times.items()]
-    return f"Drawing a picture takes {', '.join(parts)}: up to {ratio:,.0f} times as long."
+    return f"Time to draw a picture: {', '.join(parts)}; up to {ratio:,.0f} times as long."
 
 
 def _bits(runs: list[Run]) -> str:
