@@ -17,6 +17,18 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_steps_for_pictures() -> Iterator[None]:
+    """What a training draws for people to see is drawn in few steps: hardly any test looks at it, and all wait."""
+    from snowmelt.models.base import Drawing
+    from snowmelt.training import watch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "FINAL", Drawing(steps=12))
+        patch.setattr(watch, "PREVIEW", Drawing(steps=4))
+        yield
+
+
 class Answer(nn.Module):
     """A backbone that always gives `answer`, and remembers what it was asked."""
 

@@ -10,21 +10,12 @@ import pytest
 
 from snowmelt import checkpoint
 from snowmelt.cli import run as cli
-from snowmelt.models.base import Drawing
 from snowmelt.run import Run
-from snowmelt.training import watch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import kill_resume
 
 pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
-
-
-@pytest.fixture(autouse=True)
-def few_steps_for_pictures(monkeypatch):
-    """The pictures at the end are not what these tests look at."""
-    monkeypatch.setattr(watch, "FINAL", Drawing(steps=4))
-    monkeypatch.setattr(watch, "PREVIEW", Drawing(steps=3))
 
 
 def train(out: Path, *more: str) -> int:

@@ -15,21 +15,12 @@ from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.data.prepared import open_prepared
 from snowmelt.errors import UserError
-from snowmelt.models.base import Drawing
 from snowmelt.models.diffusion import DiffusionLearner
 from snowmelt.presets import facts_of
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, train
-from snowmelt.training import watch
 
 QUICK = ("--precision", "fp32", "--config")
-
-
-@pytest.fixture(autouse=True)
-def few_steps_for_pictures(monkeypatch):
-    """The pictures at the end are not what these tests look at."""
-    monkeypatch.setattr(watch, "FINAL", Drawing(steps=4))
-    monkeypatch.setattr(watch, "PREVIEW", Drawing(steps=3))
 
 
 @pytest.fixture
