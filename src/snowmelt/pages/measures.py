@@ -44,8 +44,9 @@ class Measure(Figure):
         readers: dict[object, Callable[[Any], Any]] = {str: str, int: whole, float | None: finite}
         kinds = get_type_hints(Figure)
         given = {name: fields.get(name, "" if kind is str else None) for name, kind in kinds.items()}
-        read = {name: readers[kind](given[name]) for name, kind in kinds.items()}
-        return Measure(**{**read, "title": read["title"] or read["metric"] or "a figure"})
+        read: dict[str, Any] = {name: readers[kind](given[name]) for name, kind in kinds.items()}
+        read["title"] = read["title"] or read["metric"] or "a figure"
+        return Measure(**read)
 
     @property
     def span(self) -> tuple[float, float] | None:
