@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shlex
 from itertools import combinations, pairwise
@@ -25,7 +26,8 @@ from snowmelt.evaluating.quality import order_of
 from snowmelt.evaluation.drawing import keep_tuned, tuned
 from snowmelt.models.base import Drawing
 from snowmelt.run import Run
-from snowmelt.tune import moved
+
+tune = importlib.import_module("snowmelt.tune")
 
 MIXTURE = GaussianMixture(
     torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
@@ -99,7 +101,7 @@ def test_moved_levels_rise():
     levels = (-9.0, -4.0, 0.0, 6.0)
     for place in (1, 2, 3):
         for share in (0.9, -0.9):
-            other = moved(levels, place, share)
+            other = tune.moved(levels, place, share)
             assert all(low < high for low, high in pairwise(other)) and other[0] == -9.0
             assert [one != two for one, two in zip(levels, other, strict=True)].index(True) == place
 
@@ -115,13 +117,16 @@ def digits(tmp_path_factory) -> Path:
     return out
 
 
-def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys):
+def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys, monkeypatch):
+    for name, fewer in {"FINE": 15, "TRIED": 16, "CHECKED": 16, "LARGEST_BATCH": 16}.items():
+        monkeypatch.setattr(tune, name, fewer)
+
     def drawn(*words: str) -> tuple[dict, bytes]:
         assert cli(["sample", str(digits), "--count", "1", "--out", str(tmp_path), *words]) == 0
         return json.loads((tmp_path / "seed0-00000.json").read_text()), (tmp_path / "seed0-00000.png").read_bytes()
 
     before, picture = drawn("--steps", "6")
-    words = ["tune", str(digits), "--pictures", "64", "--counts", "4", "6", "--samplers", "ddim", "ipndm"]
+    words = ["tune", str(digits), "--pictures", "32", "--counts", "4", "6", "--samplers", "ddim", "ipndm"]
     assert cli(words) == 0
     assert "ipndm, as usual" in capsys.readouterr().err
     kept = json.loads((digits / "evaluations" / "levels.json").read_text())["steps"]

@@ -17,6 +17,7 @@ _HOMES = {
     "snowmelt.prepare": ("PrepareOptions", "prepare"),
     "snowmelt.train": ("TrainOptions", "train"),
     "snowmelt.sample": ("SampleOptions", "sample"),
+    "snowmelt.tune": ("TuneOptions", "tune"),
     "snowmelt.explain": ("ExplainOptions", "explain"),
     "snowmelt.edit": ("EDITS", "edit"),
     "snowmelt.edits.options": (
@@ -28,6 +29,8 @@ _HOMES = {
         "VaryOptions",
     ),
     "snowmelt.evaluate": ("EvaluateOptions", "evaluate"),
+    "snowmelt.compare": ("CompareOptions", "compare"),
+    "snowmelt.report": ("ReportOptions", "report"),
     "snowmelt.exchange": ("ImportOptions", "import_run", "ExportOptions", "export_run"),
     "snowmelt.run": ("Run",),
     "snowmelt.config": ("Config", "DataConfig", "DiffusionConfig", "TrainingConfig", "UNetConfig"),
