@@ -45,7 +45,7 @@ class TuneOptions:
 
     run: tyro.conf.Positional[Path]
     """A run of a diffusion model."""
-    counts: tuple[int, ...] = (4, 5, 6, 7, 8, 10, 12)
+    counts: tuple[int, ...] = (5, 6, 8, 10)
     """Numbers of steps to find levels for."""
     samplers: tuple[str, ...] = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm")
     """The multistep samplers to find them for; of each number of steps the best one becomes the default."""
@@ -115,7 +115,12 @@ def tune(options: TuneOptions) -> Path:
     model, state = run.load_model(make_precision(pick_device(options.device), options.precision))
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step: nothing to tune.")
-    with Progress(console=console(), transient=True) as progress:
+    screen = console()
+    screen.print(
+        f"Drawing {options.pictures + CHECKED} pictures in {FINE} steps, then {TRIED} of them {_trials(options):,} "
+        f"times in {min(options.counts)} to {max(options.counts)} steps."
+    )
+    with Progress(console=screen, transient=True) as progress:
         drawn = walks(model, options, progress)
         found, parts = learned(drawn, options.pictures)
         trying = progress.add_task("Levels", total=_trials(options))
@@ -131,7 +136,6 @@ def tune(options: TuneOptions) -> Path:
             error = check_bench.trial(one.drawing).error
             table.add_row(str(count), one.drawing.sampler, f"{error:.4f}", *(f"{other:.4f}" for other in usual))
     file = keep_tuned(run, state, {count: one.drawing for count, one in best.items()})
-    screen = console()
     screen.print(table)
     screen.print(
         f"Errors are differences from pictures of {FINE} steps, root mean square over pixels from -1 to 1, of "
