@@ -31,7 +31,7 @@ from snowmelt.diffusion.editing import slerp
 from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.models.augment import Change, draw_change
 from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, latents_of
-from snowmelt.models.optimizer import Optimizer, step_together
+from snowmelt.models.optimizer import Optimizer, step_together, under
 from snowmelt.networks.adversarial import Critic, Generator
 from snowmelt.seeds import generator
 from snowmelt.shapes import Features, Images, Labels, Levels
@@ -206,8 +206,3 @@ def gamma_at(config: GANConfig, seen: int) -> float:
     """
     share = min(1.0, seen / config.burn_in) if config.burn_in else 1.0
     return config.gamma ** (1 - share) * config.gamma_last**share
-
-
-def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -104,3 +104,8 @@ def step_together(optimizers: Iterable[Optimizer], learning_rate: float) -> bool
             optimizer.move(learning_rate)
         optimizer.module.zero_grad(set_to_none=True)
     return finite
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

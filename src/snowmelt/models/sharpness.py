@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from snowmelt.config import Config
 from snowmelt.device import Precision
-from snowmelt.models.optimizer import Optimizer
+from snowmelt.models.optimizer import Optimizer, under
 from snowmelt.networks.autoencoder import PatchCritic
 from snowmelt.seeds import generator
 from snowmelt.shapes import Images, Level
@@ -69,9 +69,5 @@ class Critic:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `tensors` gave."""
-        self.network.load_state_dict(_under(CRITIC, tensors))
-        self.optimizer.load(_under(CRITIC_STATE, tensors))
-
-
-def _under(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        self.network.load_state_dict(under(tensors, CRITIC))
+        self.optimizer.load(under(tensors, CRITIC_STATE))
