@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from snowmelt.cli import run as cli
-from snowmelt.comparing.budget import AIM, samples_within, shares
+from snowmelt.comparing.budget import AIM, samples_over_time, samples_within, shares
 from snowmelt.comparing.duel import Ledger
 from snowmelt.comparing.verdict import RETRAINED, groups, told_apart, verdict
 from snowmelt.errors import UserError
@@ -155,12 +155,13 @@ def test_the_time_is_shared_alike_and_never_overspent():
 
 
 def test_fewer_pictures_are_drawn_where_time_is_short_and_as_many_of_each():
-    assert samples_within(1000.0, [0.001, 0.001, 0.01], 2000) == 2000
-    # 65 % of 600 s at 0.1 s a picture: 3,900, of which 900 are for the earlier states.
-    assert samples_within(600.0, [0.05, 0.05], 20_000) == 3000
-    assert samples_within(150.0, [0.05, 0.05], 2000) == 243, "a quarter of 975, as many of each state"
-    assert samples_within(1.0, [0.5], 2000) == 100, "below a hundred nothing could be said"
-    assert samples_within(1.0, [0.5], 50) == 50
+    assert [samples_over_time(samples) for samples in (2000, 1200, 800, 150, 50)] == [300, 300, 200, 100, 50]
+    assert samples_within(1000.0, lambda samples: 0.1 * samples, 2000) == 2000
+    # 75 % of 600 s, of which 30 s are spent whatever is drawn.
+    assert samples_within(600.0, lambda samples: 30 + 0.1 * samples, 20_000) == 4200
+    assert samples_within(600.0, lambda samples: 0.1 * (samples + 4 * samples_over_time(samples)), 20_000) == 3300
+    assert samples_within(1.0, lambda samples: samples, 2000) == 100, "below a hundred nothing could be said"
+    assert samples_within(1.0, lambda samples: samples, 50) == 50
 
 
 def test_the_ledger_keeps_what_was_spent_and_refuses_other_options(tmp_path):

@@ -212,7 +212,7 @@ def _evaluate_options(options: CompareOptions) -> EvaluateOptions:
 
 def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log, *, timed: bool) -> dict[str, Any]:
     """What compare.json holds."""
-    from snowmelt.comparing.budget import samples_within
+    from snowmelt.comparing.budget import STATES, samples_over_time, samples_within
     from snowmelt.comparing.entry import entry_of
     from snowmelt.comparing.verdict import verdict
     from snowmelt.evaluating.draw import seconds_per_picture
@@ -224,10 +224,13 @@ def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log
     evaluate = _evaluate_options(options)
     if timed and ledger.samples is None:
         with ledger.phase("measuring"):
-            each = [seconds_per_picture(order_of(run, evaluate), options.processes) for run in runs]
-        comparing = len(runs) * seconds_of_measuring(data, spaces, options.samples, evaluate)
-        left = options.seconds * AIM - ledger.total - comparing
-        ledger.samples = samples_within(left, each, options.samples)
+            each = sum(seconds_per_picture(order_of(run, evaluate), options.processes) for run in runs)
+
+        def cost(samples: int) -> float:
+            drawn = samples + STATES * samples_over_time(samples)
+            return each * drawn + len(runs) * seconds_of_measuring(data, spaces, samples, evaluate)
+
+        ledger.samples = samples_within(options.seconds * AIM - ledger.total, cost, options.samples)
     evaluate = dataclasses.replace(evaluate, samples=ledger.samples or options.samples)
     entries: list[dict[str, Any]] = []
     for number, run in enumerate(runs):

@@ -8,6 +8,8 @@ an equal part of the rest. Then as many pictures are drawn as there is time for.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from snowmelt.errors import UserError
@@ -20,10 +22,10 @@ SHORTEST = 30.0
 """Seconds of training of each model that are worth it."""
 ENCODER_SHARE = 0.12
 """Of the time that training an encoder may take; beyond that the random features must do."""
-OTHERS = 0.35
-"""Share of what is left for drawing that is kept for bits/dim, for starting processes, and for the report."""
-OVER_TIME, STATES = 300, 3
-"""Pictures drawn, at most, from each of so many earlier states of every model."""
+OTHERS = 0.25
+"""Share of what is left for measuring that is kept for bits/dim, for starting processes, and for the report."""
+OVER_TIME, STATES = 300, 4
+"""Pictures drawn, at most, from each of the states that show quality over time, the last of them once more."""
 LEAST_SAMPLES = 100
 """Below which nothing could be said."""
 
@@ -54,14 +56,18 @@ def shares(seconds: float, spent: float, models: int) -> Shares:
     return Shares(each, measuring)
 
 
-def samples_within(seconds: float, per_picture: list[float], most: int) -> int:
+def samples_over_time(samples: int) -> int:
+    """How many pictures show the quality of each state, where `samples` are drawn in all: together no more than those,
+    unless too few would be left to say anything."""
+    return min(OVER_TIME, samples, max(LEAST_SAMPLES, samples // STATES))
+
+
+def samples_within(seconds: float, cost: Callable[[int], float], most: int) -> int:
     """How many pictures of every model, the same number for each, can be drawn and measured in `seconds`.
 
     Args:
-        per_picture: seconds that a picture takes, of each model.
+        cost: seconds that so many pictures take; grows with their number.
         most: asked for; the answer is at least `LEAST_SAMPLES`, where so many are asked for.
     """
-    possible = int((1 - OTHERS) * seconds / max(sum(per_picture), 1e-9))
-    earlier = STATES * OVER_TIME
-    count = possible - earlier if possible >= earlier + OVER_TIME else possible // (STATES + 1)
-    return min(most, max(LEAST_SAMPLES, count))
+    fewest = min(LEAST_SAMPLES, most)
+    return fewest + max(0, bisect_right(range(fewest, most + 1), (1 - OTHERS) * seconds, key=cost) - 1)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from snowmelt import __version__, checkpoint
-from snowmelt.comparing.budget import OVER_TIME
+from snowmelt.comparing.budget import samples_over_time
 from snowmelt.errors import UserError
 from snowmelt.evaluating.bits import NoLikelihood, measure_bits
 from snowmelt.evaluating.draw import draw
@@ -104,7 +104,7 @@ def bits_of(run: Run, options: EvaluateOptions, missing: list[str]) -> dict[str,
 def over_time(run: Run, options: EvaluateOptions, spaces: list[Space]) -> list[dict[str, Any]]:
     """Quality at the states that were kept on the way, and at the end, at equal counts of pictures."""
     data, points = run.open_pictures(), list[dict[str, Any]]()
-    count = min(OVER_TIME, options.samples)
+    count = samples_over_time(options.samples)
     final = checkpoint.read_state(run.state_of("newest"))
     states = [*map(str, checkpoint.steps_saved(run.snapshots)), "newest"]
     for state in states:
