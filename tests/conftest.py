@@ -24,8 +24,7 @@ def few_steps_for_pictures() -> Iterator[None]:
     from snowmelt.training import watch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch, "FINAL", Drawing(steps=12))
-        patch.setattr(watch, "PREVIEW", Drawing(steps=4))
+        patch.setattr(watch, "DRAWING", Drawing(steps=5))
         yield
 
 

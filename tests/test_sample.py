@@ -129,7 +129,7 @@ def test_unconditional_pictures_have_classes_as_often_as_the_data(digits, tmp_pa
 
 def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
     """The run's own final grid comes from the same noise, weights and steps: seed 0, four columns of class 0 first."""
-    sample(SampleOptions(digits, out=tmp_path, count=1, classes=("0",), steps=watch.FINAL.steps))
+    sample(SampleOptions(digits, out=tmp_path, count=1, classes=("0",), steps=watch.DRAWING.steps))
     shown = np.asarray(Image.open(digits / "grid.png").crop((2, 2, 66, 66))).astype(int)
     drawn = np.asarray(Image.open(tmp_path / "seed0-00000.png").resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
     # Two levels: one for the batch size, and enlarging may round it once more.

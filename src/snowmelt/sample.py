@@ -52,9 +52,9 @@ class SampleOptions:
     """newest, before (it knew its training pictures by heart), or the number of a step that the run has kept."""
     sampler: str | None = None
     """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md. When not
-    given ddim, or what `snowmelt tune` found best for so few steps."""
-    steps: int = 50
-    """Noise levels that are visited; most samplers ask the network once at each."""
+    given unipc, or what `snowmelt tune` found best for so few steps."""
+    steps: int | None = None
+    """Noise levels that are visited, 15 when not given; most samplers ask the network once at each."""
     schedule: str | None = None
     """Noise schedule that the levels are taken from; the one of the training when not given."""
     spacing: str | None = None
@@ -119,9 +119,7 @@ def sample(options: SampleOptions) -> list[Path]:
     run = Run.open(Path(options.run))
     wanted = wanted_pictures(options, run)
 
-    drawing = Drawing.of(options)
-    if options.sampler is None and drawing == Drawing(steps=drawing.steps):
-        drawing = tuned(run, run.state_of(options.state), drawing.steps) or drawing
+    drawing = tuned(run, run.state_of(options.state), Drawing.of(options), sampler=options.sampler)
     check_drawing(drawing, classes=bool(run.config.data.classes))
     precision = make_precision(pick_device(options.device), options.precision)
     model, checkpoint = run.load_model(precision, options.state)
@@ -147,7 +145,7 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
     """Every picture asked for, in order."""
     from snowmelt.evaluation.drawing import class_by_chance
 
-    if options.levels and options.steps != SampleOptions.steps:
+    if options.levels and options.steps is not None:
         raise UserError("--levels and --steps exclude each other; give one.")
     for name in ("count", "batch"):
         if getattr(options, name) < 1:

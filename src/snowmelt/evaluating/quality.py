@@ -36,8 +36,6 @@ from snowmelt.pictures import picture, save_png, sheet_of_pixels
 from snowmelt.run import Run, is_locked
 from snowmelt.terminal import Log, words_of
 
-SAMPLER, STEPS = "unipc", 15
-"""How a diffusion model is drawn from to be measured, when nothing else is asked for: docs/metrics.md says why."""
 ENOUGH = 500
 """Held-out pictures that are a reference of their own; where there are fewer, all pictures are."""
 MOST_REAL = 10_000
@@ -51,16 +49,15 @@ NO_GAP = "Errors on training and held-out pictures: of this state only the weigh
 
 def drawing_of(options: EvaluateOptions) -> Drawing:
     """How a diffusion model draws for these options."""
-    return Drawing(sampler=options.sampler or SAMPLER, steps=options.steps or STEPS, guidance=options.guidance)
+    given = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
+    return Drawing(**{name: value for name, value in given.items() if value is not None})
 
 
 def order_of(run: Run, options: EvaluateOptions) -> Order:
     """What is drawn for these options."""
     numbers = tuple(range(options.samples))
     device = str(pick_device(options.device))
-    drawing = drawing_of(options)
-    if options.steps is not None and drawing == Drawing(sampler=SAMPLER, steps=options.steps) and not options.sampler:
-        drawing = tuned(run, run.state_of(options.state), options.steps) or drawing
+    drawing = tuned(run, run.state_of(options.state), drawing_of(options), sampler=options.sampler)
     return Order(str(run.path), options.state, drawing, options.seed, numbers, options.batch, device)
 
 

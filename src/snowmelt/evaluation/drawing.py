@@ -127,8 +127,18 @@ def keep_tuned(run: Run, state: Path, found: dict[int, Drawing]) -> Path:
     return path
 
 
-def tuned(run: Run, state: Path, steps: int) -> Drawing | None:
-    """How `tune` found that so few steps draw best with the weights of `state`; None where it did not look."""
+def tuned(run: Run, state: Path, drawing: Drawing, *, sampler: str | None) -> Drawing:
+    """How `tune` found that so few steps draw best with the weights of `state`, or `drawing` where it did not look.
+
+    Args:
+        drawing: what is asked for; where that is more than a number of steps, it is left as it is.
+        sampler: the one asked for by its name.
+    """
+    found = _tuned(run, state, drawing.steps) if sampler is None and drawing == Drawing(steps=drawing.steps) else None
+    return found or drawing
+
+
+def _tuned(run: Run, state: Path, steps: int) -> Drawing | None:
     try:
         known = json.loads((run.path / "evaluations" / TUNED).read_text(encoding="utf-8"))
         chosen = known["steps"][str(steps)]

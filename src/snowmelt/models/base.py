@@ -24,9 +24,9 @@ from snowmelt.shapes import Features, Images, Labels, Levels
 class Drawing:
     """How pictures are drawn; a family reads what applies to it."""
 
-    sampler: str = "ddim"
+    sampler: str = "unipc"
     """A name of `SAMPLERS`."""
-    steps: int = 50
+    steps: int = 15
     """Levels that are visited; most samplers ask the network once at each."""
     schedule: str | None = None
     """The schedule that the levels are taken from; none: the one of the training."""

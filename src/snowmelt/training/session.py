@@ -135,7 +135,7 @@ def _train(session: Session, progress: Progress) -> Path:
             progress = fit(session, progress)
             if not any(line["step"] == progress.step for line in run.metrics() if "held_out_loss" in line):
                 session.watch.preview(progress)
-            files = session.watch.finish()
+            files = session.watch.finish(progress)
             if session.stop.requested:
                 raise stopped(session, progress)
     finally:

@@ -38,8 +38,8 @@ PREVIEWS = [0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 """Moments of the horizon at which a preview is drawn; denser at first, when most changes."""
 LINES = 200
 """Lines of metrics over a run."""
-PREVIEW = Drawing(steps=15)
-FINAL = Drawing(steps=50)
+DRAWING = Drawing()
+"""How previews and the final pictures are drawn."""
 HELD_OUT = 48
 """Held-out pictures, and as many training pictures, looked at for each preview."""
 LOSS = "held_out_loss"
@@ -73,8 +73,8 @@ class Watch:
     written: float = 0.0
     preview_seconds: float = 0.0
     """Of the last preview."""
-    drawing_seconds: float = 0.0
-    """Of drawing its pictures."""
+    drawn: tuple[int, list[Images]] = (-1, [])
+    """The moments of the last preview, and its step: the final pictures are those of the last."""
     spent: float = 0.0
     """Seconds on previews so far, in this process."""
 
@@ -142,11 +142,6 @@ class Watch:
         left = sum(1 for share in PREVIEWS if horizon is None or round(share * horizon) > step)
         return min(left * self.preview_seconds, WATCH_SHARE * seconds + self.preview_seconds)
 
-    def seconds_of_finish(self) -> float:
-        """How long the final pictures will take, and a second for the report."""
-        more = 1.0 if self.learner.model.at_once else FINAL.steps / PREVIEW.steps
-        return self.drawing_seconds * more + 1
-
     def preview_if_due(self, progress: Progress) -> None:
         """Draw the preview of this moment, if there is one and earlier ones left time for it."""
         last = self.plan.finished(progress.step)
@@ -158,21 +153,22 @@ class Watch:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
         begin = time.monotonic()
         with self.average.applied():
-            images = self._draw(PREVIEW)
-            if images is None:
+            moments = self._draw()
+            if moments is None:
                 return
-            self.drawing_seconds = time.monotonic() - begin
+            self.drawn = progress.step, moments
             path = self.run.folder("previews") / f"{progress.step:09d}.png"
-            save_png(path, sheet(images[-1], self._columns()))
-            self._measure(progress, images[-1])
+            save_png(path, sheet(moments[-1], self._columns()))
+            self._measure(progress, moments[-1])
         plot_curves(self.run.metrics(), self.run.path / "curves.png")
         self.preview_seconds = time.monotonic() - begin
         self.spent += self.preview_seconds
 
-    def finish(self) -> list[Path]:
+    def finish(self, progress: Progress) -> list[Path]:
         """The final pictures: a grid, a strip of pictures melting out of noise, and what else the family can show."""
+        step, shown_last = self.drawn
         with self.average.applied():
-            moments = self._draw(FINAL)
+            moments = shown_last if step == progress.step else self._draw()
             if moments is None:
                 return []
             shown = self._shows()
@@ -259,7 +255,7 @@ class Watch:
     def _columns(self) -> int:
         return min(8, 48 // min(len(self.run.config.data.classes), 10)) if self.run.config.data.classes else 6
 
-    def _draw(self, drawing: Drawing) -> list[Images] | None:
+    def _draw(self) -> list[Images] | None:
         """The noisy image at ten moments and the picture; None when the run was asked to stop meanwhile."""
         data, labels = self.run.config.data, self._labels()
         count = 36 if labels is None else len(labels)
@@ -267,7 +263,7 @@ class Watch:
         noise = noise_source([self.run.config.training.seed] * count, range(count), shape, self.device)
         moments: list[Images] = []
         last = noise(0)
-        for step in self.learner.model.sample(noise, labels, drawing):
+        for step in self.learner.model.sample(noise, labels, DRAWING):
             moments.append(step.x)
             if self.stop.requested:
                 return None
