@@ -32,6 +32,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from rivals import diffusers
+
 NETWORKS: dict[str, dict[str, Any]] = {
     # 3.8 and 35.7 million parameters; the large one is that of the DDPM paper for CIFAR-10.
     "small": {"block_out_channels": [64, 96, 128], "layers_per_block": 1, "attention": [False, False, True]},
@@ -75,41 +77,12 @@ def settings(network: str) -> dict[str, Any]:
 
 
 def diffusers_step(network: str, batch: int, *, bf16: bool) -> tuple[Callable[[], object], str, Any]:
-    """A step of the script examples/unconditional_image_generation/train_unconditional.py, with its defaults."""
+    """A step of `diffusers`' script."""
     import torch
-    from diffusers import DDPMScheduler, UNet2DModel
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
-    from torch.nn import functional
 
-    torch.manual_seed(0)
-    model = UNet2DModel(**settings(network))
-    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    noising = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    rates = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
     pictures = torch.rand(PICTURES, CHANNELS, SIZE, SIZE) * 2 - 1
-    order = iter(torch.utils.data.DataLoader(pictures, batch_size=batch, shuffle=True))
-
-    def step() -> None:
-        nonlocal order
-        images = next(order, None)
-        if images is None or len(images) < batch:
-            order = iter(torch.utils.data.DataLoader(pictures, batch_size=batch, shuffle=True))
-            images = next(order)
-        noise = torch.randn_like(images)
-        times = torch.randint(0, 1000, (batch,))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            answer = model(noising.add_noise(images, noise, times), times).sample
-            loss = functional.mse_loss(answer.float(), noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
-        optimizer.zero_grad()
-        ema.step(model.parameters())
-
-    return step, "bf16" if bf16 else "fp32", model
+    rival = diffusers(pictures, settings(network), batch, bf16=bf16)
+    return rival.step, rival.precision, rival.module
 
 
 def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, Any]:
@@ -125,7 +98,7 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     from snowmelt.models import build_learner
     from snowmelt.presets import facts_of
     from snowmelt.seeds import generator
-    from snowmelt.training.session import choose_precision
+    from snowmelt.training.session import measure as measured
 
     pixels = np.random.default_rng(0).integers(0, 256, (PICTURES, SIZE, SIZE, CHANNELS), dtype=np.uint8)
     rows = np.arange(PICTURES)
@@ -134,7 +107,8 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     unet, _ = network_of(given, Path("benchmark"))
     config = Config(facts_of(data), network=unet, training=TrainingConfig(steps=100_000, batch=batch))
     cpu = torch.device("cpu")
-    config = choose_precision(config, data, cpu, asked="auto", threads=torch.get_num_threads(), log=lambda _: None)
+    threads = torch.get_num_threads()
+    config = measured(config, data, cpu, asked="auto", threads=threads, log=lambda _: None).settled(config)
     from snowmelt.device import make_precision
 
     precision = make_precision(cpu, config.training.precision)

@@ -13,12 +13,13 @@ from PIL import Image
 
 from snowmelt import checkpoint
 from snowmelt.cli import run as cli
+from snowmelt.config import DataConfig
 from snowmelt.data.prepared import open_prepared
 from snowmelt.errors import UserError
 from snowmelt.models.diffusion import DiffusionLearner
-from snowmelt.presets import facts_of
+from snowmelt.presets import SMALLEST_BATCH, facts_of, preset
 from snowmelt.run import Run, lock
-from snowmelt.train import TrainOptions, train
+from snowmelt.train import TrainOptions, resolve, train
 
 QUICK = ("--precision", "fp32", "--config")
 
@@ -63,6 +64,28 @@ def test_a_run_tells_its_story(pictures, small, tmp_path):
         Image.open(out / name).verify()
     assert "Held-out loss" in (out / "report.md").read_text()
     assert "Precision" not in (out / "log.txt").read_text(), "an asked-for precision is not measured"
+
+
+def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
+    before = set(tmp_path.iterdir())
+    assert start(pictures, tmp_path / "run", small, "--for", "60s", "--plan") == 0
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "16 x 16, colour, 2 classes" in said and "images/s" in said and "of 16 images" in said
+    assert set(tmp_path.iterdir()) == before, "no run, and no prepared pictures"
+    assert start(pictures, tmp_path / "run", small, "--steps", "30", "--plan") == 0
+    assert "about 30 of 16 images: 480, 13 times each picture" in " ".join(
+        capsys.readouterr().err.replace("│", " ").split()
+    )
+
+
+def test_short_times_have_small_batches_unless_asked(small):
+    data = DataConfig(28, 1, pictures=57_000)
+    batches = [preset(data, "diffusion", images=images).training.batch for images in (5_000, 10**6, None)]
+    assert batches == [SMALLEST_BATCH, 64, 64]
+    assert preset(DataConfig(64, 3), "diffusion", images=10**6).training.batch == 32
+    options = TrainOptions("pictures", duration="60s")
+    assert resolve(data, options, {"training": {"batch": 48}}, images=5_000).training.batch == 48
+    assert resolve(data, options, {}, images=5_000).training.batch == SMALLEST_BATCH
 
 
 def test_six_pictures_train(small, tmp_path):

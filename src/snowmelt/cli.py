@@ -11,7 +11,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     # verb: (module, options dataclass, what it does); the function bears the verb's name, or that after a colon.
     # A verb of several kinds has a table of dataclasses, and the word after it picks one.
     "prepare": ("snowmelt.prepare", "PrepareOptions", "look through a folder, zip or tar of images and make it ready"),
-    "train": ("snowmelt.train", "TrainOptions", "train a generator on pictures, or continue an interrupted run"),
+    "train": (
+        "snowmelt.train:train_or_plan",
+        "TrainOptions",
+        "train a generator on pictures, or continue an interrupted run",
+    ),
     "sample": ("snowmelt.sample", "SampleOptions", "draw new pictures from a run"),
     "tune": ("snowmelt.tune", "TuneOptions", "find the levels at which few steps draw best with a run"),
     "import": ("snowmelt.exchange:import_run", "ImportOptions", "make a run of a network that diffusers saved"),

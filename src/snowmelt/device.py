@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -90,31 +91,51 @@ def convolution_ratio(device: torch.device) -> float:
     return best["fp32"] / best["bf16"]
 
 
-def faster_precision(
-    device: torch.device, step: Callable[[Precision], object], *, seconds: float = 3.0, gain: float = 1.1
-) -> tuple[str, float]:
-    """The precision in which `step` is faster, and how many times faster bf16 ran than fp32.
+class Speed(NamedTuple):
+    """What was measured of a step."""
 
-    Both run in turn, after one warm-up each, for about `seconds`. Their best times are compared, since other
+    precision: str
+    """The one to compute in."""
+    ratio: float | None
+    """How many times faster bf16 ran than fp32; None where only one of them was asked about."""
+    seconds: float
+    """Of a step in `precision`, at best."""
+
+
+def faster_precision(
+    device: torch.device,
+    step: Callable[[Precision], object],
+    *,
+    names: tuple[str, ...] = tuple(DTYPES),
+    seconds: float = 3.0,
+    gain: float = 1.1,
+) -> Speed:
+    """The precision in which `step` is faster.
+
+    All of `names` run in turn, after one warm-up each, for about `seconds`. Their best times are compared, since other
     processes can only make a time worse, and bf16 must win by `gain` so that noise does not decide. Where one
     convolution is `PLAIN` times slower in bf16 its steps are not waited for.
     """
-    small = convolution_ratio(device)
-    if small < 1 / PLAIN:
-        return "fp32", small
-    times: dict[str, list[float]] = {name: [] for name in DTYPES}
-    for name in DTYPES:
+    ratio: float | None = None
+    if len(names) > 1:
+        ratio = convolution_ratio(device)
+        names = ("fp32",) if ratio < 1 / PLAIN else names
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
         step(Precision(device, name))
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["fp32"]) < 3:
+    while time.perf_counter() < end or len(times[names[0]]) < 3:
         for name, taken in times.items():
             synchronize(device)
             start = time.perf_counter()
             step(Precision(device, name))
             synchronize(device)
             taken.append(time.perf_counter() - start)
-    ratio = min(times["fp32"]) / min(times["bf16"])
-    return ("bf16" if ratio >= gain else "fp32"), ratio
+    best = {name: min(taken) for name, taken in times.items()}
+    if len(best) > 1:
+        ratio = best["fp32"] / best["bf16"]
+    chosen = names[0] if len(best) == 1 else ("bf16" if ratio is not None and ratio >= gain else "fp32")
+    return Speed(chosen, ratio, best[chosen])
 
 
 def synchronize(device: torch.device) -> None:

@@ -39,6 +39,9 @@ FEW, PLENTY = 1000, 20_000
 """Training pictures below which the critic sees changed ones most often, and from which on never."""
 MOST_AUGMENT = 0.6
 
+UPDATES, SMALLEST_BATCH = 2000, 16
+"""Updates of a diffusion model below which smaller batches are better."""
+
 VAES: tuple[tuple[int, VAEConfig], ...] = (
     # up to this size: the network. Most of it works on the smallest map, where pictures pass through fastest.
     (12, VAEConfig(channels=(48, 96), latents=32, narrow=32)),
@@ -109,36 +112,53 @@ def augment_for(pictures: int) -> float:
     return round(MOST_AUGMENT * min(1.0, max(0.0, share)), 2)
 
 
-def _diffusion_training(data: DataConfig) -> TrainingConfig:
+def _diffusion_training(data: DataConfig, images: int | None) -> TrainingConfig:
+    small = data.size <= 40
+    batch = batch_for(images, most=64 if small else 32)
+    return TrainingConfig(batch=batch, learning_rate=3e-3 if small else 2e-3)
+
+
+def batch_for(images: int | None, *, most: int) -> int:
+    """The largest power of two from `SMALLEST_BATCH` to `most` that leaves `UPDATES` updates of so many images.
+
+    >>> [batch_for(images, most=64) for images in (10_000, 40_000, 80_000, 1_000_000, None)]
+    [16, 16, 32, 64, 64]
+    """
+    batch = most
+    while images is not None and batch > SMALLEST_BATCH and images < UPDATES * batch:
+        batch //= 2
+    return batch
+
+
+def _vae_training(data: DataConfig, images: int | None) -> TrainingConfig:
+    del images
     small = data.size <= 40
     return TrainingConfig(batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3)
 
 
-def _vae_training(data: DataConfig) -> TrainingConfig:
-    small = data.size <= 40
-    return TrainingConfig(batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3)
-
-
-def _gan_training(data: DataConfig) -> TrainingConfig:
+def _gan_training(data: DataConfig, images: int | None) -> TrainingConfig:
     # Small steps and a long warm-up: else the two networks swing at first, and a class's pictures stay more alike.
-    del data
+    del data, images
     return TrainingConfig(batch=32, optimizer="adamw", learning_rate=1e-3, warmup=200)
 
 
-_TRAINING: dict[str, Callable[[DataConfig], TrainingConfig]] = {
+_TRAINING: dict[str, Callable[[DataConfig, int | None], TrainingConfig]] = {
     "diffusion": _diffusion_training,
     "vae": _vae_training,
     "gan": _gan_training,
 }
 
 
-def preset(data: DataConfig, model: str) -> Config:
+def preset(data: DataConfig, model: str, *, images: int | None = None) -> Config:
     """The whole configuration of a family of models for these pictures.
+
+    Args:
+        images: how many the training is going to see; None where that is not known.
 
     Raises:
         UserError: there is no such family.
     """
-    training = choose(_TRAINING, model, "model")(data)
+    training = choose(_TRAINING, model, "model")(data, images)
     return Config(data, model, network_for(data), vae=vae_for(data), gan=gan_for(data), training=training)
 
 

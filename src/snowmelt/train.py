@@ -8,6 +8,7 @@ import shutil
 import time
 import tomllib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -82,12 +83,34 @@ class TrainOptions:
     arithmetic."""
     save_every: float = 60.0
     """Seconds between checkpoints."""
+    plan: bool = False
+    """Say what would be done with these pictures on this machine, and stop."""
 
 
-PROCESS_OPTIONS = ("out", "resume", "device", "workers", "save_every")
+PROCESS_OPTIONS = ("out", "resume", "device", "workers", "save_every", "plan")
 """What may differ when a command continues a run."""
 DATA_OPTIONS = ("size", "color", "background", "fit", "classes")
 """What only matters while pictures are prepared."""
+
+
+def train_or_plan(options: TrainOptions) -> None:
+    """The verb: `plan` with --plan, else `train`."""
+    (plan if options.plan else train)(options)
+
+
+def plan(options: TrainOptions) -> None:
+    """Say what `train` would do with these pictures on this machine, and leave nothing behind.
+
+    Raises:
+        UserError: for every mistake in the options.
+    """
+    from snowmelt.training.forecast import plan_table
+
+    _check(options)
+    overrides = _refuse_early(options)
+    with TemporaryDirectory() as folder:
+        config, speed = _settled(Path(folder), options, overrides, Log(console(), Path(folder) / "log.txt"))
+        console().print(plan_table(config, speed))
 
 
 def train(options: TrainOptions) -> Run:
@@ -133,7 +156,7 @@ def _remove_new(path: Path, fresh: list[Path]) -> None:
 
 def _check(options: TrainOptions) -> None:
     if options.resume is not None:
-        kept = (*PROCESS_OPTIONS, "source")
+        kept = (*(name for name in PROCESS_OPTIONS if name != "plan"), "source")
         fields = [field for field in dataclasses.fields(options) if field.name not in kept]
         given = [_option(field.name) for field in fields if getattr(options, field.name) != field.default]
         if options.source is not None or options.out is not None or given:
@@ -226,10 +249,22 @@ def _refuse_early(options: TrainOptions) -> dict[str, dict[str, Any]]:
 
 def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log) -> Run:
     """Prepare the pictures and write a fully resolved run."""
+    from snowmelt.run import Run
+    from snowmelt.training.forecast import updates_of
+
+    config, speed = _settled(path, options, overrides, log)
+    log(f"Updates: {updates_of(config, speed)}.")
+    return Run.create(path, config)
+
+
+def _settled(
+    path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log
+) -> tuple[Config, float | None]:
+    """The configuration, settled by the pictures, which are prepared in `path` where needed, and by the machine; and
+    how many images a second it trains, where that was measured."""
     from snowmelt.data.prepared import is_prepared, open_prepared
     from snowmelt.device import pick_device
-    from snowmelt.run import Run
-    from snowmelt.training.session import choose_precision
+    from snowmelt.training.session import measure
 
     source = Path(str(options.source))
     data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options)
@@ -238,8 +273,11 @@ def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]]
     given = overrides["training"]
     asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
     device = pick_device(options.device)
-    config = choose_precision(config, data, device, asked=asked, threads=given.get("threads"), log=log)
-    return Run.create(path, config)
+    measured = measure(config, data, device, asked=asked, threads=given.get("threads"), log=log)
+    seconds, speed = config.training.seconds, measured.images_per_second
+    if seconds is not None and speed is not None:
+        config = resolve(facts_of(data), options, overrides, images=int(seconds * speed))
+    return measured.settled(config), speed
 
 
 def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
@@ -281,13 +319,18 @@ def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
     return {section: {**tables.get(section, {}), **known.get(section, {})} for section in sections}
 
 
-def resolve(data: DataConfig, options: TrainOptions, overrides: dict[str, dict[str, Any]]) -> Config:
+def resolve(
+    data: DataConfig, options: TrainOptions, overrides: dict[str, dict[str, Any]], *, images: int | None = None
+) -> Config:
     """The whole configuration: the preset for these pictures, overridden by what the person gave.
+
+    Args:
+        images: how many the machine can train on in the time given; None where that is not known.
 
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
-    tables = config_tables(dataclasses.replace(preset(data, options.model), version=__version__))
+    tables = config_tables(dataclasses.replace(preset(data, options.model, images=images), version=__version__))
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from snowmelt.config import Config
 from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch, Stream
 from snowmelt.data.workers import cores
-from snowmelt.device import Precision, faster_precision, make_precision, pick_device
+from snowmelt.device import DTYPES, Precision, faster_precision, make_precision, pick_device
 from snowmelt.ema import Average
 from snowmelt.errors import Stopped, UserError
 from snowmelt.models import build_learner
@@ -39,28 +40,43 @@ class Here:
     save_every: float = 60.0
 
 
-def choose_precision(
+class Measured(NamedTuple):
+    """What this machine does with a configuration."""
+
+    precision: str
+    threads: int
+    images_per_second: float | None
+    """None where nothing depends on it: the precision was given, and the number of steps."""
+
+    def settled(self, config: Config) -> Config:
+        """The configuration with its precision and threads."""
+        training = dataclasses.replace(config.training, precision=self.precision, threads=self.threads)
+        return dataclasses.replace(config, training=training)
+
+
+def measure(
     config: Config, data: Prepared, device: torch.device, *, asked: str, threads: int | None, log: Log
-) -> Config:
-    """The configuration with the precision and the threads settled: as asked, or as measured on this machine."""
+) -> Measured:
+    """Train a few steps to see how fast that is, in the precision asked for or, for "auto", in each."""
     threads = threads or threads_for(config.data, cores())
     torch.set_num_threads(threads)
-    if asked != "auto":
-        name = make_precision(device, asked).name
-    else:
-        learners: dict[str, Learner] = {}
-        stream = Stream(data, batch=config.training.batch, seed=0, flip=False, workers=0, device=device)
-        batch = stream.at(0)
+    names = tuple(DTYPES) if asked == "auto" else (make_precision(device, asked).name,)
+    if len(names) == 1 and config.training.steps is not None:
+        return Measured(names[0], threads, None)
+    learners: dict[str, Learner] = {}
+    stream = Stream(data, batch=config.training.batch, seed=0, flip=False, workers=0, device=device)
+    batch = stream.at(0)
 
-        def step(precision: Precision) -> None:
-            learner = learners.setdefault(precision.name, build_learner(config, precision))
-            learner.update(batch, generator(0, "measure", device=device), 0.0)
+    def step(precision: Precision) -> None:
+        if precision.name not in learners:
+            learners[precision.name] = build_learner(config, precision)
+        learners[precision.name].update(batch, generator(0, "measure", device=device), 0.0)
 
-        seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
-        name, ratio = faster_precision(device, step, seconds=seconds)
-        log(f"Precision: {name} (bf16 trains {ratio:.2f} times as fast as fp32 here).")
-    training = dataclasses.replace(config.training, precision=name, threads=threads)
-    return dataclasses.replace(config, training=training)
+    seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
+    found = faster_precision(device, step, names=names, seconds=seconds)
+    if found.ratio is not None:
+        log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
+    return Measured(found.precision, threads, len(batch.images) / found.seconds)
 
 
 def train_run(run: Run, here: Here, log: Log, started: float) -> Path:

@@ -1,0 +1,139 @@
+"""The systems that Snowmelt is compared with, trained as their own scripts train: one step at a time.
+
+`diffusers` is a part of the tests' environment; the other is installed by
+
+    pip install -r benchmarks/requirements.txt
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RATE, CLIP = 1e-4, 1.0
+"""Learning rate and largest norm of the gradient of both scripts."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A system under training."""
+
+    step: Callable[[], object]
+    """One batch: forward, backward, update, average."""
+    module: nn.Module
+    """Its network."""
+    finished: Callable[[], Callable[[Tensor, Tensor], Tensor]]
+    """The denoiser of its averaged weights: (x, log-SNR) -> the picture, in [-1, 1]."""
+    precision: str = "fp32"
+
+
+def batches(pictures: Tensor, batch: int) -> Iterator[Tensor]:
+    """For ever, shuffled anew each time round, as a DataLoader gives them."""
+    while True:
+        yield from torch.utils.data.DataLoader(pictures, batch_size=batch, shuffle=True, drop_last=True)
+
+
+def diffusers(
+    pictures: Tensor, settings: dict[str, Any], batch: int, *, updates: int = 100_000, bf16: bool = False
+) -> Rival:
+    """A step of examples/unconditional_image_generation/train_unconditional.py, with its defaults.
+
+    Args:
+        pictures: (count, channels, size, size) in [-1, 1].
+        settings: of its `UNet2DModel`.
+        updates: that its cosine learning rate is laid out for.
+        bf16: under bf16 autocast, as somebody who knows would add.
+    """
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+    from torch.nn import functional
+
+    torch.manual_seed(0)
+    model = UNet2DModel(**settings)
+    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    noising = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    rates = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=updates)
+    order = batches(pictures, batch)
+
+    def step() -> None:
+        images = next(order)
+        noise = torch.randn_like(images)
+        times = torch.randint(0, 1000, (batch,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            answer = model(noising.add_noise(images, noise, times), times).sample
+            loss = functional.mse_loss(answer.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+
+    def finished() -> Callable[[Tensor, Tensor], Tensor]:
+        averaged = copy.deepcopy(model).eval()
+        ema.copy_to(averaged.parameters())
+
+        def picture(x: Tensor, time: int, alpha: float, sigma: float) -> Tensor:
+            return (x - sigma * averaged(x, time).sample) / alpha
+
+        return at_table(noising.alphas_cumprod, picture)
+
+    return Rival(step, model, finished, "bf16" if bf16 else "fp32")
+
+
+def denoising_diffusion_pytorch(pictures: Tensor, batch: int, *, width: int = 32) -> Rival:
+    """A step of its `Trainer`, with its defaults, on a small `Unet`."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    torch.manual_seed(0)
+    model = Unet(dim=width, dim_mults=(1, 2, 4), channels=pictures.shape[1])
+    process = GaussianDiffusion(model, image_size=pictures.shape[-1])
+    ema = EMA(process, beta=0.995, update_every=10)
+    optimizer = torch.optim.Adam(process.parameters(), lr=RATE, betas=(0.9, 0.99))
+    order = batches(pictures / 2 + 0.5, batch)
+
+    def step() -> None:
+        loss = process(next(order))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(process.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    def finished() -> Callable[[Tensor, Tensor], Tensor]:
+        averaged = ema.ema_model.eval()
+
+        def picture(x: Tensor, time: int, _alpha: float, _sigma: float) -> Tensor:
+            times = torch.full((len(x),), time, dtype=torch.long)
+            return averaged.model_predictions(x, times).pred_x_start
+
+        return at_table(averaged.alphas_cumprod, picture)
+
+    return Rival(step, model, finished)
+
+
+def at_table(
+    kept: Tensor, picture: Callable[[Tensor, int, float, float], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A denoiser by log-SNR of one by steps of a table: at each level the nearest step answers.
+
+    Args:
+        kept: alpha^2 of each step.
+    """
+    levels = (kept / (1 - kept)).log()
+
+    def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
+        time = int((levels - log_snr.item()).abs().argmin())
+        alpha, sigma = float(kept[time]) ** 0.5, float(1 - kept[time]) ** 0.5
+        with torch.no_grad():
+            return picture(x, time, alpha, sigma).clamp(-1, 1)
+
+    return denoise

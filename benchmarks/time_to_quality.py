@@ -1,0 +1,244 @@
+"""How good are pictures after so many minutes, here and elsewhere?
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/time_to_quality.py ../shared/data/mnist-train.zip --minutes 10 --ours 1 2.5 10
+
+Each system trains alone, one after the other, on the same training pictures of the same size, with all cores: the
+rivals for `--minutes` with the settings of their own scripts on a small network of theirs, Snowmelt by `snowmelt train
+--for`, once for each of `--ours`. Then, off the clock and the same for all, on pictures that nobody trained on:
+
+    error      of denoising, |picture - x0|^2 / sigma^2 per pixel (the error of v), mean over log-SNR -8, -6 ... 6;
+               no system is told the class, since only Snowmelt learns classes
+    distances  Frechet, of `--samples` pictures drawn by the same sampler (15 steps of UniPC), in the offline spaces;
+               Snowmelt draws pictures of its classes, as often as the folder has them
+
+A rival's loss of precision from drawing in 15 steps is the same that Snowmelt has. Start-up counts for all: a rival's
+clock begins when its process does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+LEVELS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
+HELD_OUT = 512
+BATCH = 64
+"""Pictures drawn or denoised at once."""
+SMALL = {"block_out_channels": [64, 96, 128], "layers_per_block": 1}
+"""Of `diffusers`' U-Net: 3.7 million parameters."""
+SCRIPT_BATCH = 16
+"""The default of both scripts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    source: tyro.conf.Positional[str]
+    """A folder or archive of images, or a prepared dataset."""
+    minutes: float = 10.0
+    """Of each rival."""
+    ours: tuple[float, ...] = (1.0, 2.5, 10.0)
+    """Minutes of the runs of Snowmelt."""
+    rivals: tuple[str, ...] = ("diffusers", "denoising-diffusion-pytorch")
+    size: int | None = None
+    samples: int = 1000
+    seed: int = 0
+    out: Path = Path("runs/time-to-quality")
+
+
+Denoise = Callable[[Any, Any], Any]
+
+
+def trained_rival(name: str, data: Path, seconds: float, begin: float) -> tuple[Denoise, dict[str, Any]]:
+    """A rival trained until `seconds` after `begin`, and what it did."""
+    import numpy as np
+    import torch
+
+    from rivals import denoising_diffusion_pytorch, diffusers
+    from snowmelt.data.pixels import to_images
+    from snowmelt.data.prepared import open_prepared
+    from snowmelt.data.workers import cores
+
+    torch.set_num_threads(cores())
+    prepared = open_prepared(data)
+    pictures = to_images(torch.from_numpy(np.ascontiguousarray(prepared.images[prepared.train])))
+    channels, size = pictures.shape[1], pictures.shape[2]
+    if name == "diffusers":
+        blocks = ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]
+        settings = {
+            "sample_size": size,
+            "in_channels": channels,
+            "out_channels": channels,
+            "down_block_types": blocks,
+            "up_block_types": [block.replace("Down", "Up") for block in reversed(blocks)],
+            **SMALL,
+        }
+        rival = diffusers(pictures, settings, SCRIPT_BATCH)
+    else:
+        rival = denoising_diffusion_pytorch(pictures, SCRIPT_BATCH)
+    steps = 0
+    while time.time() - begin < seconds:
+        rival.step()
+        steps += 1
+    parameters = sum(weight.numel() for weight in rival.module.parameters())
+    return rival.finished(), {"images": steps * SCRIPT_BATCH, "parameters": parameters}
+
+
+def trained_snowmelt(data: Path, seconds: float, run: Path, seed: int) -> tuple[Denoise | None, dict[str, Any]]:
+    """A run of `snowmelt train --for`; its denoiser is bound to classes later."""
+    words = ["train", str(data), "--for", f"{seconds:.0f}s", "--out", str(run), "--seed", str(seed)]
+    subprocess.run([sys.executable, "-m", "snowmelt", *words], check=True, capture_output=True)
+    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    return None, {"images": status["images"], "parameters": status["parameters"]}
+
+
+def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Options) -> dict[str, Any]:
+    """Errors and distances."""
+    import numpy as np
+    import torch
+
+    from snowmelt.data.pixels import to_images, to_pixels
+    from snowmelt.data.prepared import open_prepared, spread_rows
+    from snowmelt.device import Precision
+    from snowmelt.diffusion.grids import log_snr_grid
+    from snowmelt.diffusion.noise import add_noise
+    from snowmelt.diffusion.samplers import SAMPLERS
+    from snowmelt.diffusion.schedules import cosine
+    from snowmelt.evaluating.draw import Drawn
+    from snowmelt.evaluating.options import EvaluateOptions
+    from snowmelt.evaluating.quality import in_spaces, spaces_of
+    from snowmelt.evaluation.drawing import class_by_chance
+    from snowmelt.pictures import save_png, sheet
+    from snowmelt.presets import facts_of
+    from snowmelt.run import Run
+    from snowmelt.seeds import generator, noise_source
+    from snowmelt.terminal import Log, console
+
+    prepared = open_prepared(data)
+    facts = facts_of(prepared)
+    bind: Callable[[Any], Denoise]
+    if run is None:
+        assert denoise is not None
+
+        def bind(_labels: Any) -> Denoise:
+            return denoise
+    else:
+        model, _ = Run.open(run).load_model(Precision(torch.device("cpu")))
+
+        def bind(labels: Any) -> Denoise:
+            return lambda x, log_snr: model.bind(labels)(x, log_snr).clamp(-1, 1)
+
+    rows = spread_rows(prepared.held_out, HELD_OUT)
+    images = to_images(torch.from_numpy(np.ascontiguousarray(prepared.images[rows])))
+    noise = torch.randn(images.shape, generator=generator(0, "held out"))
+    errors: list[float] = []
+    with torch.no_grad():
+        for level in LEVELS:
+            log_snr, squares = torch.tensor(level), list[float]()
+            for start in range(0, len(images), BATCH):
+                part = slice(start, start + BATCH)
+                x = add_noise(images[part], noise[part], log_snr)
+                answer = bind(None)(x, log_snr)
+                squares += ((answer - images[part]) ** 2).flatten(1).mean(1).tolist()
+            errors.append(sum(squares) / len(squares) * (1 + float(torch.tensor(level).exp())))
+        grid, parts = log_snr_grid(cosine, 15), []
+        begin = time.perf_counter()
+        for start in range(0, options.samples, BATCH):
+            numbers = range(start, min(start + BATCH, options.samples))
+            source = noise_source([0] * len(numbers), numbers, tuple(images.shape[1:]))
+            chosen = [class_by_chance(facts, 0, number) for number in numbers] if facts.classes else []
+            walk = SAMPLERS["unipc"](bind(torch.tensor(chosen) if chosen else None), source(0), grid, source)
+            *_, last = walk
+            parts.append(last.x0)
+        seconds = (time.perf_counter() - begin) / options.samples
+    drawn = torch.cat(parts)
+    log = Log(console(), options.out / "log.txt")
+    spaces = spaces_of(prepared, EvaluateOptions(Path()), log)
+    pixels = to_pixels(drawn).numpy()
+    figures = in_spaces(spaces, prepared, Drawn(pixels, None, 0.0), seed=options.seed, names=("frechet",))
+    return {
+        "error": sum(errors) / len(errors),
+        "errors": errors,
+        "seconds_per_picture": seconds,
+        "distances": {figure.space: [figure.value, figure.low, figure.high, figure.floor] for figure in figures},
+        "sheet": str(save_png(options.out / f"{time.time():.0f}.png", sheet(drawn[:64], 8))),
+    }
+
+
+def main(options: Options) -> None:
+    """Train each, measure each, print the table after each."""
+    from snowmelt.data.prepared import is_prepared
+    from snowmelt.prepare import PrepareOptions, prepare
+    from snowmelt.terminal import console
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = Path(options.source)
+    if not is_prepared(data):
+        data = options.out / "data"
+        if not is_prepared(data):
+            prepare(PrepareOptions(options.source, data, size=options.size), console())
+    file = options.out / "found.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    jobs = [(name, options.minutes) for name in options.rivals] + [("snowmelt", minutes) for minutes in options.ours]
+    for name, minutes in jobs:
+        title = f"{name}, {minutes:g} min"
+        if title in found:
+            continue
+        told = json.dumps([name, str(data), minutes, {**vars(options), "out": str(options.out)}])
+        words = [sys.executable, __file__, "--worker", told]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        found[title] = json.loads(done.stdout.splitlines()[-1])
+        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        show(found)
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table so far; ratios are to the best rival."""
+    rivals = [row for title, row in found.items() if not title.startswith("snowmelt")]
+    heads = ("", "images", "M parameters", "error", "of the best rival's", "Frechet distance", "rival's over it")
+    table = Table(*heads, "s/picture")
+    for title, row in found.items():
+        least = min((other["error"] for other in rivals), default=float("nan"))
+        cells, ratios = [], []
+        for space, (value, low, high, floor) in row["distances"].items():
+            cells.append(f"{space} {value:.4g} ({low:.4g} to {high:.4g}; real {floor:.3g})")
+            nearest = min((other["distances"][space][0] for other in rivals), default=float("nan"))
+            ratios.append(f"{space} {nearest / value:.2f}")
+        table.add_row(
+            title, f"{row['images']:,}", f"{row['parameters'] / 1e6:.2f}", f"{row['error']:.4f}",
+            f"{row['error'] / least:.2f}", "\n".join(cells), "\n".join(ratios), f"{row['seconds_per_picture']:.3f}",
+        )  # fmt: skip
+    Console(width=170).print(table)
+
+
+def work(name: str, data: str, minutes: float, fields: dict[str, Any]) -> None:
+    """The process of one system: train, measure, and print what was found as one line of JSON."""
+    begin = time.time()
+    options = Options(**{**fields, "out": Path(fields["out"])})
+    run = None
+    if name == "snowmelt":
+        run = options.out / f"snowmelt-{minutes:g}"
+        denoise, about = trained_snowmelt(Path(data), 60 * minutes, run, options.seed)
+    else:
+        denoise, about = trained_rival(name, Path(data), 60 * minutes, begin)
+    about["seconds"] = time.time() - begin
+    print(json.dumps(about | measured(denoise, run, Path(data), options)), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(*json.loads(sys.argv[2]))
+    else:
+        main(tyro.cli(Options))
