@@ -110,7 +110,7 @@ def draw(run: Run, labels: Labels | None, options: Options) -> Images:
     parts: list[Images] = []
     for start in range(0, options.count, 100):
         numbers = range(start, min(start + 100, options.count))
-        drawing = Drawing(steps=options.steps, guidance=1.0 if labels is None else options.guidance)
+        drawing = Drawing(sampler="ddim", steps=options.steps, guidance=1.0 if labels is None else options.guidance)
         cond = None if labels is None else labels[list(numbers)]
         *_, last = model.sample(noise_source([0] * len(numbers), numbers, shape), cond, drawing)
         parts.append(last.x0.clone())

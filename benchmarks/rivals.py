@@ -2,14 +2,21 @@
 
 `diffusers` is a part of the tests' environment; the other is installed by
 
-    pip install -r benchmarks/requirements.txt
+    pip install -c constraints.txt -r benchmarks/requirements.txt
+    pip install --no-deps denoising-diffusion-pytorch==2.3.4
+
+without what it asks for beside: a `torchvision` that fits the build of torch is not to be had everywhere, and only its
+`Trainer`, of which `denoising_diffusion_pytorch` below does the step, looks at it.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,7 +46,13 @@ def batches(pictures: Tensor, batch: int) -> Iterator[Tensor]:
 
 
 def diffusers(
-    pictures: Tensor, settings: dict[str, Any], batch: int, *, updates: int = 100_000, bf16: bool = False
+    pictures: Tensor,
+    settings: dict[str, Any],
+    batch: int,
+    *,
+    updates: int = 100_000,
+    bf16: bool = False,
+    seed: int = 0,
 ) -> Rival:
     """A step of examples/unconditional_image_generation/train_unconditional.py, with its defaults.
 
@@ -54,7 +67,7 @@ def diffusers(
     from diffusers.training_utils import EMAModel
     from torch.nn import functional
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = UNet2DModel(**settings)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     noising = DDPMScheduler(num_train_timesteps=1000)
@@ -88,12 +101,23 @@ def diffusers(
     return Rival(step, model, finished, "bf16" if bf16 else "fp32")
 
 
-def denoising_diffusion_pytorch(pictures: Tensor, batch: int, *, width: int = 32) -> Rival:
+def _without(package: str, *names: str) -> None:
+    """Let a package that is not installed, and not used, be imported."""
+    if find_spec(package) is None:
+        empty = types.ModuleType(package)
+        for name in names:
+            setattr(empty, name, None)
+        sys.modules[package] = empty
+
+
+def denoising_diffusion_pytorch(pictures: Tensor, batch: int, *, width: int = 32, seed: int = 0) -> Rival:
     """A step of its `Trainer`, with its defaults, on a small `Unet`."""
+    _without("torchvision", "transforms", "utils")
+    _without("accelerate", "Accelerator")
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Unet(dim=width, dim_mults=(1, 2, 4), channels=pictures.shape[1])
     process = GaussianDiffusion(model, image_size=pictures.shape[-1])
     ema = EMA(process, beta=0.995, update_every=10)

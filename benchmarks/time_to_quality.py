@@ -1,6 +1,5 @@
 """How good are pictures after so many minutes, here and elsewhere?
 
-    pip install -r benchmarks/requirements.txt
     python benchmarks/time_to_quality.py ../shared/data/mnist-train.zip --minutes 10 --ours 1 2.5 10
 
 Each system trains alone, one after the other, on the same training pictures of the same size, with all cores: the
@@ -12,8 +11,10 @@ rivals for `--minutes` with the settings of their own scripts on a small network
     distances  Frechet, of `--samples` pictures drawn by the same sampler (15 steps of UniPC), in the offline spaces;
                Snowmelt draws pictures of its classes, as often as the folder has them
 
-A rival's loss of precision from drawing in 15 steps is the same that Snowmelt has. Start-up counts for all: a rival's
-clock begins when its process does.
+A rival's clock begins with its first update, Snowmelt's with the command. What is chosen for the rivals, beyond their
+scripts: `diffusers` trains a U-Net of 3.7 million parameters in fp32 or, as `diffusers bf16`, under autocast, and its
+cosine learning rate is laid out for the updates that fit into the time; denoising-diffusion-pytorch trains a `Unet` of
+width 32. A rival asked about a level answers for the nearest step of its table. How to install them: rivals.py.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ SMALL = {"block_out_channels": [64, 96, 128], "layers_per_block": 1}
 """Of `diffusers`' U-Net: 3.7 million parameters."""
 SCRIPT_BATCH = 16
 """The default of both scripts."""
+TRIAL = 10
+"""Updates that tell how many fit into the time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Options:
 Denoise = Callable[[Any, Any], Any]
 
 
-def trained_rival(name: str, data: Path, seconds: float, begin: float) -> tuple[Denoise, dict[str, Any]]:
-    """A rival trained until `seconds` after `begin`, and what it did."""
+def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Denoise, dict[str, Any]]:
+    """A rival trained for so long, and what it did."""
     import numpy as np
     import torch
 
@@ -75,7 +78,7 @@ def trained_rival(name: str, data: Path, seconds: float, begin: float) -> tuple[
     prepared = open_prepared(data)
     pictures = to_images(torch.from_numpy(np.ascontiguousarray(prepared.images[prepared.train])))
     channels, size = pictures.shape[1], pictures.shape[2]
-    if name == "diffusers":
+    if name.startswith("diffusers"):
         blocks = ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]
         settings = {
             "sample_size": size,
@@ -85,10 +88,17 @@ def trained_rival(name: str, data: Path, seconds: float, begin: float) -> tuple[
             "up_block_types": [block.replace("Down", "Up") for block in reversed(blocks)],
             **SMALL,
         }
-        rival = diffusers(pictures, settings, SCRIPT_BATCH)
+        bf16 = name.endswith("bf16")
+        trial = diffusers(pictures, settings, SCRIPT_BATCH, bf16=bf16)
+        trial.step()
+        start = time.perf_counter()
+        for _ in range(TRIAL):
+            trial.step()
+        updates = int(seconds * TRIAL / (time.perf_counter() - start))
+        rival = diffusers(pictures, settings, SCRIPT_BATCH, updates=updates, bf16=bf16, seed=seed)
     else:
-        rival = denoising_diffusion_pytorch(pictures, SCRIPT_BATCH)
-    steps = 0
+        rival = denoising_diffusion_pytorch(pictures, SCRIPT_BATCH, seed=seed)
+    steps, begin = 0, time.time()
     while time.time() - begin < seconds:
         rival.step()
         steps += 1
@@ -198,7 +208,10 @@ def main(options: Options) -> None:
             continue
         told = json.dumps([name, str(data), minutes, {**vars(options), "out": str(options.out)}])
         words = [sys.executable, __file__, "--worker", told]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{title} failed; what it said is above.", file=sys.stderr)
+            continue
         found[title] = json.loads(done.stdout.splitlines()[-1])
         file.write_text(json.dumps(found, indent=1), encoding="utf-8")
         show(found)
@@ -213,8 +226,10 @@ def show(found: dict[str, Any]) -> None:
         least = min((other["error"] for other in rivals), default=float("nan"))
         cells, ratios = [], []
         for space, (value, low, high, floor) in row["distances"].items():
+            if value is None:
+                continue
             cells.append(f"{space} {value:.4g} ({low:.4g} to {high:.4g}; real {floor:.3g})")
-            nearest = min((other["distances"][space][0] for other in rivals), default=float("nan"))
+            nearest = min((other["distances"][space][0] or float("nan") for other in rivals), default=float("nan"))
             ratios.append(f"{space} {nearest / value:.2f}")
         table.add_row(
             title, f"{row['images']:,}", f"{row['parameters'] / 1e6:.2f}", f"{row['error']:.4f}",
@@ -232,7 +247,7 @@ def work(name: str, data: str, minutes: float, fields: dict[str, Any]) -> None:
         run = options.out / f"snowmelt-{minutes:g}"
         denoise, about = trained_snowmelt(Path(data), 60 * minutes, run, options.seed)
     else:
-        denoise, about = trained_rival(name, Path(data), 60 * minutes, begin)
+        denoise, about = trained_rival(name, Path(data), 60 * minutes, options.seed)
     about["seconds"] = time.time() - begin
     print(json.dumps(about | measured(denoise, run, Path(data), options)), flush=True)
 

@@ -213,7 +213,7 @@ def _evaluate_options(options: CompareOptions) -> EvaluateOptions:
 def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log, *, timed: bool) -> dict[str, Any]:
     """What compare.json holds."""
     from snowmelt.comparing.budget import STATES, samples_over_time, samples_within
-    from snowmelt.comparing.entry import entry_of
+    from snowmelt.comparing.entry import entry_of, seconds_over_time
     from snowmelt.comparing.verdict import verdict
     from snowmelt.evaluating.draw import seconds_per_picture
     from snowmelt.evaluating.quality import order_of, seconds_of_measuring
@@ -227,8 +227,11 @@ def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log
             each = sum(seconds_per_picture(order_of(run, evaluate), options.processes) for run in runs)
 
         def cost(samples: int) -> float:
-            drawn = samples + STATES * samples_over_time(samples)
-            return each * drawn + len(runs) * seconds_of_measuring(data, spaces, samples, evaluate)
+            early = samples_over_time(samples)
+            measuring = seconds_of_measuring(data, spaces, samples, evaluate) + STATES * seconds_over_time(
+                data, spaces, early
+            )
+            return each * (samples + STATES * early) + len(runs) * measuring
 
         ledger.samples = samples_within(options.seconds * AIM - ledger.total, cost, options.samples)
     evaluate = dataclasses.replace(evaluate, samples=ledger.samples or options.samples)

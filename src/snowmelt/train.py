@@ -21,6 +21,8 @@ from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from snowmelt.data.prepared import Prepared
     from snowmelt.run import Run
 
@@ -104,13 +106,19 @@ def plan(options: TrainOptions) -> None:
     Raises:
         UserError: for every mistake in the options.
     """
+    from rich.console import Console
+
     from snowmelt.training.forecast import plan_table
 
     _check(options)
-    overrides = _refuse_early(options)
-    with TemporaryDirectory() as folder:
-        config, speed = _settled(Path(folder), options, overrides, Log(console(), Path(folder) / "log.txt"))
-        console().print(plan_table(config, speed))
+    overrides, say = _refuse_early(options), console()
+    out = _path(options).absolute()
+    beside = next(parent for parent in out.parents if parent.is_dir())
+    with TemporaryDirectory(prefix=".plan-", dir=beside) as folder:
+        config, speed = _settled(
+            Path(folder), options, overrides, Log(say, Path(folder) / "log.txt"), Console(quiet=True)
+        )
+        say.print(plan_table(config, speed))
 
 
 def train(options: TrainOptions) -> Run:
@@ -122,7 +130,9 @@ def train(options: TrainOptions) -> Run:
     """
     started = time.monotonic()
     _check(options)
-    path = Path(options.resume or options.out or Path("runs") / _name(str(options.source)))
+    if options.plan:
+        raise UserError("A plan trains nothing; leave `plan` away, or call snowmelt.train.plan.")
+    path = _path(options)
     run = _existing(path, options)
     say = console()
     if run is not None and run.status().get("state") == "finished":
@@ -174,6 +184,11 @@ def _check(options: TrainOptions) -> None:
 def _option(name: str) -> str:
     """The option of a field, as it is typed."""
     return "--" + {"duration": "for"}.get(name, name).replace("_", "-")
+
+
+def _path(options: TrainOptions) -> Path:
+    """Of the run."""
+    return Path(options.resume or options.out or Path("runs") / _name(str(options.source)))
 
 
 def _name(source: str) -> str:
@@ -252,22 +267,26 @@ def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]]
     from snowmelt.run import Run
     from snowmelt.training.forecast import updates_of
 
-    config, speed = _settled(path, options, overrides, log)
+    config, speed = _settled(path, options, overrides, log, console())
     log(f"Updates: {updates_of(config, speed)}.")
     return Run.create(path, config)
 
 
 def _settled(
-    path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log
+    path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log, say: Console
 ) -> tuple[Config, float | None]:
     """The configuration, settled by the pictures, which are prepared in `path` where needed, and by the machine; and
-    how many images a second it trains, where that was measured."""
+    how many images a second it trains, where that was measured.
+
+    Args:
+        say: is told how the pictures are prepared.
+    """
     from snowmelt.data.prepared import is_prepared, open_prepared
     from snowmelt.device import pick_device
     from snowmelt.training.session import measure
 
     source = Path(str(options.source))
-    data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options)
+    data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options, say)
     config = resolve(facts_of(data), options, overrides)
     check_size(config)
     given = overrides["training"]
@@ -276,8 +295,11 @@ def _settled(
     measured = measure(config, data, device, asked=asked, threads=given.get("threads"), log=log)
     seconds, speed = config.training.seconds, measured.images_per_second
     if seconds is not None and speed is not None:
-        config = resolve(facts_of(data), options, overrides, images=int(seconds * speed))
-    return measured.settled(config), speed
+        chosen = resolve(facts_of(data), options, overrides, images=int(seconds * speed))
+        if chosen.training.batch != config.training.batch:
+            measured = measure(chosen, data, device, asked=measured.precision, threads=measured.threads, log=log)
+        config = chosen
+    return measured.settled(config), measured.images_per_second
 
 
 def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
@@ -344,7 +366,7 @@ def resolve(
     return dataclasses.replace(config, data=data, request=_request(options))
 
 
-def _prepare(out: Path, options: TrainOptions) -> Prepared:
+def _prepare(out: Path, options: TrainOptions, say: Console) -> Prepared:
     from snowmelt.prepare import PrepareOptions, prepare
 
     return prepare(
@@ -358,5 +380,5 @@ def _prepare(out: Path, options: TrainOptions) -> Prepared:
             classes=options.classes,
             seed=options.seed,
         ),
-        console(),
+        say,
     )

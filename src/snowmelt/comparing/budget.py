@@ -24,8 +24,9 @@ ENCODER_SHARE = 0.12
 """Of the time that training an encoder may take; beyond that the random features must do."""
 OTHERS = 0.25
 """Share of what is left for measuring that is kept for bits/dim, for starting processes, and for the report."""
-OVER_TIME, STATES = 300, 4
-"""Pictures drawn, at most, from each of the states that show quality over time, the last of them once more."""
+OVER_TIME, LEAST_OVER_TIME, STATES = 300, 256, 4
+"""Pictures drawn, at most and, where there are so many, at least, from each of the states that show quality over time,
+the last of them once more. With fewer there is no Frechet distance in the 128 dimensions of random features."""
 LEAST_SAMPLES = 100
 """Below which nothing could be said."""
 
@@ -59,7 +60,7 @@ def shares(seconds: float, spent: float, models: int) -> Shares:
 def samples_over_time(samples: int) -> int:
     """How many pictures show the quality of each state, where `samples` are drawn in all: together no more than those,
     unless too few would be left to say anything."""
-    return min(OVER_TIME, samples, max(LEAST_SAMPLES, samples // STATES))
+    return min(OVER_TIME, samples, max(LEAST_OVER_TIME, samples // STATES))
 
 
 def samples_within(seconds: float, cost: Callable[[int], float], most: int) -> int:

@@ -11,12 +11,14 @@ from typing import Any
 
 from snowmelt import __version__, checkpoint
 from snowmelt.comparing.budget import samples_over_time
+from snowmelt.data.prepared import Prepared
 from snowmelt.errors import UserError
 from snowmelt.evaluating.bits import NoLikelihood, measure_bits
 from snowmelt.evaluating.draw import draw
 from snowmelt.evaluating.options import EvaluateOptions
-from snowmelt.evaluating.quality import drawing_of, in_spaces, measure_quality, order_of
+from snowmelt.evaluating.quality import in_spaces, measure_quality, order_of, reference_of
 from snowmelt.evaluation.features import Space
+from snowmelt.evaluation.statistics import seconds_expected
 from snowmelt.files import write_atomic
 from snowmelt.run import Run
 from snowmelt.terminal import Log
@@ -44,7 +46,7 @@ def entry_of(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log, 
 
 def _key(run: Run, options: EvaluateOptions, spaces: list[Space]) -> dict[str, Any]:
     """All that an entry depends on, as JSON has it."""
-    asked = {"samples": options.samples, "seed": options.seed, "drawing": drawing_of(options).as_dict()}
+    asked = {"samples": options.samples, "seed": options.seed, "drawing": order_of(run, options).drawing.as_dict()}
     return {
         **asked,
         "version": __version__,
@@ -99,6 +101,14 @@ def bits_of(run: Run, options: EvaluateOptions, missing: list[str]) -> dict[str,
         missing.append(f"Bits/dim of {run.path.name}: {reason}")
         return None
     return {**found["bits_per_dim"]["bound"], "what": "variational bound"}
+
+
+def seconds_over_time(data: Prepared, spaces: list[Space], samples: int) -> float:
+    """About how long it takes to compare so many pictures of a state with real ones."""
+    return sum(
+        seconds_expected(len(reference_of(data, space)[0]), samples, space.dimension, OVER_TIME_METRICS)
+        for space in spaces
+    )
 
 
 def over_time(run: Run, options: EvaluateOptions, spaces: list[Space]) -> list[dict[str, Any]]:

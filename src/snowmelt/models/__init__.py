@@ -94,7 +94,7 @@ def check_drawing(drawing: Drawing, *, classes: bool) -> None:
 
 def _check_levels(drawing: Drawing) -> None:
     if not 1 <= drawing.steps <= MOST_STEPS:
-        raise UserError(f"--steps is {drawing.steps}; give 1 to {MOST_STEPS:,}, such as 50.")
+        raise UserError(f"--steps is {drawing.steps}; give 1 to {MOST_STEPS:,}, such as 15.")
     if drawing.levels:
         given_grid(drawing.levels)
         for name in ("schedule", "spacing"):

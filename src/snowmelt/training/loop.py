@@ -32,8 +32,6 @@ SNAPSHOTS = (0.1, 0.25, 0.5)
 them, by autoguidance), and to measure how the pictures become better."""
 ROLLBACKS = 5
 """After so many, the run ends: something other than the learning rate is wrong."""
-FINISH = 2.0
-"""Seconds that the final pictures, drawn for the last preview already, and the report take."""
 
 
 @dataclass
@@ -129,7 +127,7 @@ def decide(session: Session, progress: Progress, per_step: float) -> None:
         elapsed=progress.elapsed,
         per_step=per_step,
         per_watch=watch.seconds_left(progress.step, (plan.config.seconds or 0) - progress.elapsed),
-        ending=FINISH,
+        ending=watch.seconds_of_finish(),
     )
 
 

@@ -73,7 +73,7 @@ def measure(
         learners[precision.name].update(batch, generator(0, "measure", device=device), 0.0)
 
     seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
-    found = faster_precision(device, step, names=names, seconds=seconds)
+    found = faster_precision(device, step, names=names, seconds=seconds * len(names) / len(DTYPES))
     if found.ratio is not None:
         log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
     return Measured(found.precision, threads, len(batch.images) / found.seconds)

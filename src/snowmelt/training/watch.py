@@ -50,6 +50,8 @@ WATCH_SHARE = 0.08
 """Of the time of a run that previews may take; the last one is always drawn."""
 STATUS_SECONDS = 2.0
 """Between writes of status.json."""
+FINISH = 2.0
+"""Seconds that the report and the last checkpoint take."""
 QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
 
@@ -73,8 +75,10 @@ class Watch:
     written: float = 0.0
     preview_seconds: float = 0.0
     """Of the last preview."""
-    drawn: tuple[int, list[Images]] = (-1, [])
-    """The moments of the last preview, and its step: the final pictures are those of the last."""
+    saving_seconds: float = 0.0
+    """Of writing its picture."""
+    last: tuple[int, list[Images]] = (-1, [])
+    """The moments that the preview of the last step drew, which are the final pictures, and that step."""
     spent: float = 0.0
     """Seconds on previews so far, in this process."""
 
@@ -142,6 +146,10 @@ class Watch:
         left = sum(1 for share in PREVIEWS if horizon is None or round(share * horizon) > step)
         return min(left * self.preview_seconds, WATCH_SHARE * seconds + self.preview_seconds)
 
+    def seconds_of_finish(self) -> float:
+        """How long it takes to write the final pictures, a grid and a strip twice as large, and the report."""
+        return FINISH + 3 * self.saving_seconds
+
     def preview_if_due(self, progress: Progress) -> None:
         """Draw the preview of this moment, if there is one and earlier ones left time for it."""
         last = self.plan.finished(progress.step)
@@ -156,9 +164,12 @@ class Watch:
             moments = self._draw()
             if moments is None:
                 return
-            self.drawn = progress.step, moments
+            if self.plan.finished(progress.step):
+                self.last = progress.step, moments
             path = self.run.folder("previews") / f"{progress.step:09d}.png"
+            saving = time.monotonic()
             save_png(path, sheet(moments[-1], self._columns()))
+            self.saving_seconds = time.monotonic() - saving
             self._measure(progress, moments[-1])
         plot_curves(self.run.metrics(), self.run.path / "curves.png")
         self.preview_seconds = time.monotonic() - begin
@@ -166,9 +177,9 @@ class Watch:
 
     def finish(self, progress: Progress) -> list[Path]:
         """The final pictures: a grid, a strip of pictures melting out of noise, and what else the family can show."""
-        step, shown_last = self.drawn
+        step, drawn = self.last
         with self.average.applied():
-            moments = shown_last if step == progress.step else self._draw()
+            moments = drawn if step == progress.step else self._draw()
             if moments is None:
                 return []
             shown = self._shows()
