@@ -1,0 +1,167 @@
+"""Which settings learn most? Arms of one change each, on the same pictures, by images seen or by time.
+
+    python benchmarks/arms.py runs/mnist/data --seconds 180 --arms "" "training.batch=16" "training.batch=32"
+    python benchmarks/arms.py runs/mnist/data --images 10000 --seeds 0 1 2 --arms "" "network.patch=2" --samples 1000
+
+An arm is the preset for these pictures with the named values in the place of its own, in the words of config.toml; ""
+is the preset as it is. `--seconds` are those of the training alone: an arm's own speed is measured first, and its steps
+follow from that, so that a slower arm sees fewer pictures. The loss is that of held-out pictures, with the average
+weights; with `--samples` pictures are drawn too, and their Frechet distance to held-out ones measured in the space of
+the encoder trained on the folder. Results go on in a file, so that an arm that was run before is not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from snowmelt.config import Config, config_tables
+from snowmelt.data.pixels import to_pixels
+from snowmelt.data.prepared import Prepared, open_prepared, spread_rows
+from snowmelt.data.stream import Stream
+from snowmelt.data.workers import cores
+from snowmelt.device import Precision
+from snowmelt.ema import Average
+from snowmelt.evaluating.draw import Drawn
+from snowmelt.evaluating.options import EvaluateOptions
+from snowmelt.evaluating.quality import in_spaces, spaces_of
+from snowmelt.evaluation.drawing import class_by_chance
+from snowmelt.evaluation.levels import errors_of
+from snowmelt.models import build_learner
+from snowmelt.models.base import Drawing, Learner
+from snowmelt.pictures import save_png, sheet
+from snowmelt.presets import facts_of, preset
+from snowmelt.seeds import generator, noise_source
+from snowmelt.tables import from_table
+from snowmelt.terminal import Log, console
+from snowmelt.training.plan import Plan
+
+CPU = torch.device("cpu")
+TRIAL = 3
+"""Steps that tell an arm's speed, after one."""
+BATCH = 64
+"""Pictures drawn at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compare."""
+
+    data: tyro.conf.Positional[Path]
+    """A prepared dataset."""
+    arms: tuple[str, ...] = ("",)
+    """Settings such as "training.batch=16 network.patch=2"."""
+    seconds: float | None = None
+    images: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    held_out: int = 600
+    samples: int = 0
+    threads: int = 0
+    """All cores when not given."""
+    model: str = "diffusion"
+    out: Path = Path("runs/arms")
+
+
+def configured(arm: str, data: Prepared, options: Options) -> Config:
+    """The preset with the arm's settings."""
+    tables = config_tables(preset(facts_of(data), options.model))
+    for word in arm.split():
+        name, _, value = word.partition("=")
+        section, _, key = name.partition(".")
+        tables[section][key] = tomllib.loads(f"value = {value}")["value"]
+    return from_table(Config, tables, arm)
+
+
+def trained(config: Config, data: Prepared, options: Options, seed: int) -> tuple[Learner, Average, dict[str, Any]]:
+    """The arm, trained."""
+    training = dataclasses.replace(config.training, seed=seed, steps=None, seconds=None)
+    config = dataclasses.replace(config, training=training)
+    stream = Stream(data, batch=training.batch, seed=seed, flip=training.flip, workers=0, device=CPU)
+    if options.images is not None:
+        steps = options.images // training.batch
+    else:
+        assert options.seconds is not None, "give --seconds or --images"
+        trial = build_learner(config, Precision(CPU))
+        trial.update(stream.at(0), generator(seed, "trial", 0), 0.0)
+        begin = time.perf_counter()
+        for step in range(1, TRIAL + 1):
+            trial.update(stream.at(step), generator(seed, "trial", step), 0.0)
+        steps = int(options.seconds * TRIAL / (time.perf_counter() - begin))
+    plan = Plan(dataclasses.replace(training, steps=steps), Path(), [(0, steps)])
+    learner = build_learner(config, Precision(CPU))
+    average = Average(learner.averaged, training.average)
+    begin = time.perf_counter()
+    for step in range(1, steps + 1):
+        learner.update(stream.at(step - 1), generator(seed, "train", step, 0), plan.learning_rate(step))
+        average.update(step)
+    seconds = time.perf_counter() - begin
+    about = {"updates": steps, "images": steps * training.batch, "seconds": seconds, "parameters": learner.parameters}
+    return learner, average, about
+
+
+def measured(learner: Learner, average: Average, data: Prepared, options: Options, name: str) -> dict[str, Any]:
+    """Loss and distance with the average weights."""
+    with average.applied():
+        errors = errors_of(learner, data, spread_rows(data.held_out, options.held_out), seed=0, device=CPU)
+        found: dict[str, Any] = {key: values.mean().item() for key, values in errors.items()}
+        if options.samples:
+            parts: list[torch.Tensor] = []
+            facts = learner.model.config.data  # type: ignore[attr-defined]
+            for start in range(0, options.samples, BATCH):
+                numbers = range(start, min(start + BATCH, options.samples))
+                source = noise_source([0] * len(numbers), numbers, (facts.channels, facts.size, facts.size))
+                classes = [class_by_chance(facts, 0, number) for number in numbers] if facts.classes else []
+                *_, last = learner.model.sample(source, torch.tensor(classes) if classes else None, Drawing())
+                parts.append(last.x0)
+            drawn = torch.cat(parts)
+            save_png(options.out / f"{name}.png", sheet(drawn[:80], 10))
+            spaces = spaces_of(data, EvaluateOptions(Path()), Log(console(), options.out / "log.txt"))
+            pixels: np.ndarray = to_pixels(drawn).numpy()
+            figures = in_spaces(spaces, data, Drawn(pixels, None, 0.0), seed=0, names=("frechet",))
+            found |= {f"frechet {figure.space}": figure.value for figure in figures}
+    return found
+
+
+def main(options: Options) -> None:
+    """Train and measure every arm with every seed; the table after each."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads or cores())
+    data, file = open_prepared(options.data), options.out / "found.json"
+    budget = f"{options.images} images" if options.images is not None else f"{options.seconds:g} s"
+    for seed in options.seeds:
+        for arm in options.arms:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            name = f"{options.data}, {budget}, seed {seed}: {options.model} {arm or 'preset'}"
+            if name not in found:
+                learner, average, about = trained(configured(arm, data, options), data, options, seed)
+                row = about | measured(learner, average, data, options, f"{len(found):03d}")
+                found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+                file.write_text(json.dumps(found | {name: row}, indent=1), encoding="utf-8")
+            show(json.loads(file.read_text(encoding="utf-8")))
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table so far."""
+    spaces = sorted({key for row in found.values() for key in row if key.startswith("frechet")})
+    table = Table("arm", "M", "updates", "images", "images/s", "held-out loss", *spaces)
+    for name, row in found.items():
+        table.add_row(
+            name, f"{row['parameters'] / 1e6:.2f}", f"{row['updates']:,}", f"{row['images']:,}",
+            f"{row['images'] / row['seconds']:.1f}", f"{row['held_out_loss']:.4f}",
+            *(f"{row[space]:.4g}" if row.get(space) is not None else "-" for space in spaces),
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
