@@ -124,7 +124,7 @@ def faster_precision(
     for name in names:
         step(Precision(device, name))
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[names[0]]) < 3:
+    while time.perf_counter() < end or min(map(len, times.values())) < 3:
         for name, taken in times.items():
             synchronize(device)
             start = time.perf_counter()
@@ -134,7 +134,9 @@ def faster_precision(
     best = {name: min(taken) for name, taken in times.items()}
     if len(best) > 1:
         ratio = best["fp32"] / best["bf16"]
-    chosen = names[0] if len(best) == 1 else ("bf16" if ratio is not None and ratio >= gain else "fp32")
+        chosen = "bf16" if ratio >= gain else "fp32"
+    else:
+        (chosen,) = best
     return Speed(chosen, ratio, best[chosen])
 
 

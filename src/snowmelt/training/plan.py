@@ -20,7 +20,7 @@ from snowmelt.files import write_atomic
 
 AIM = 0.985
 """A run by time aims at this share of it, so that small surprises still fit."""
-EARLIER, LATER = 0.03, 0.01
+EARLIER, LATER = 0.015, 0.01
 """The horizon moves when the run would end by more than these shares of the time before or after the aim."""
 MEASURE = 0.04
 """Share of the time that is trained before the horizon is fixed."""
