@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from snowmelt.cli import run as cli
+from snowmelt.evaluation import drawing
 from snowmelt.run import Run
 from snowmelt.sample import SampleOptions, sample, wanted_pictures
 from snowmelt.training import watch
@@ -20,7 +21,7 @@ pytest.importorskip("sklearn", reason="the built-in digits come with scikit-lear
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sample") / "run"
-    assert cli(["train", "builtin:digits", "--out", str(out), "--steps", "30", "--precision", "fp32"]) == 0
+    assert cli(["train", "builtin:digits", "--out", str(out), *"--steps 30 --batch 16 --precision fp32".split()]) == 0
     return out
 
 
@@ -103,7 +104,9 @@ def test_every_way_of_drawing_is_its_own_and_is_noted(digits, tmp_path, words):
     assert np.array_equal(drawn, pixels(tmp_path / "b" / name))
 
 
-def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tmp_path):
+def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "MEASURED_LEVELS", 8)
+    monkeypatch.setattr(drawing, "MEASURED_PICTURES", 16)
     words = ["sample", str(digits), "--count", "1", "--sampler", "ddpm", "--variance", "analytic", "--steps", "4"]
     assert cli([*words, "--out", str(tmp_path)]) == 0
     kept = digits / "evaluations" / "variance.json"

@@ -113,7 +113,7 @@ def test_moved_levels_rise():
 def digits(tmp_path_factory) -> Path:
     pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
     out = tmp_path_factory.mktemp("tune") / "run"
-    assert cli(["train", "builtin:digits", "--out", str(out), "--steps", "30", "--precision", "fp32"]) == 0
+    assert cli(["train", "builtin:digits", "--out", str(out), *"--steps 30 --batch 16 --precision fp32".split()]) == 0
     return out
 
 

@@ -48,6 +48,9 @@ SHOWN = 8
 """Rows of what only one family can show."""
 WATCH_SHARE = 0.08
 """Of the time of a run that previews may take; the last one is always drawn."""
+ERRORS_SHARE = 0.03
+"""Of the time that may go to measuring errors at moments for whose preview there is none: so that it is seen when
+pictures are learned by heart."""
 STATUS_SECONDS = 2.0
 """Between writes of status.json."""
 FINISH = 2.0
@@ -79,8 +82,12 @@ class Watch:
     """Of writing its picture."""
     last: tuple[int, list[Images]] = (-1, [])
     """The moments that the preview of the last step drew, which are the final pictures, and that step."""
+    errors_seconds: float = 0.0
+    """Of the errors in it."""
     spent: float = 0.0
     """Seconds on previews so far, in this process."""
+    spent_on_errors: float = 0.0
+    """Seconds on errors without a preview."""
 
     def __post_init__(self) -> None:
         self.live = Live(Text(""), console=self.log.console, refresh_per_second=4, transient=True)
@@ -144,18 +151,24 @@ class Watch:
         """How long the previews after `step` will take in a run that may still take `seconds`."""
         horizon = self.plan.horizon(step)
         left = sum(1 for share in PREVIEWS if horizon is None or round(share * horizon) > step)
-        return min(left * self.preview_seconds, WATCH_SHARE * seconds + self.preview_seconds)
+        errors = min(left * self.errors_seconds, ERRORS_SHARE * seconds)
+        return min(left * self.preview_seconds, WATCH_SHARE * seconds + self.preview_seconds + errors)
 
     def seconds_of_finish(self) -> float:
         """How long it takes to write the final pictures, a grid and a strip twice as large, and the report."""
         return FINISH + 3 * self.saving_seconds
 
     def preview_if_due(self, progress: Progress) -> None:
-        """Draw the preview of this moment, if there is one and earlier ones left time for it."""
-        last = self.plan.finished(progress.step)
-        affordable = self.spent <= WATCH_SHARE * progress.elapsed
-        if self.plan.due(progress.step, PREVIEWS) and (last or affordable):
+        """Draw the preview of this moment, or measure its errors, if there is one and earlier ones left time for it."""
+        if not self.plan.due(progress.step, PREVIEWS):
+            return
+        if self.plan.finished(progress.step) or self.spent <= WATCH_SHARE * progress.elapsed:
             self.preview(progress)
+        elif self.spent_on_errors <= ERRORS_SHARE * progress.elapsed:
+            begin = time.monotonic()
+            with self.average.applied():
+                self._measure(progress, None)
+            self.spent_on_errors += time.monotonic() - begin
 
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
@@ -170,7 +183,9 @@ class Watch:
             saving = time.monotonic()
             save_png(path, sheet(moments[-1], self._columns()))
             self.saving_seconds = time.monotonic() - saving
+            errors = time.monotonic()
             self._measure(progress, moments[-1])
+            self.errors_seconds = time.monotonic() - errors
         plot_curves(self.run.metrics(), self.run.path / "curves.png")
         self.preview_seconds = time.monotonic() - begin
         self.spent += self.preview_seconds
@@ -198,15 +213,17 @@ class Watch:
         noise = noise_source([self.run.config.training.seed] * len(numbers), numbers, shape, self.device)
         return self.learner.model.shows(noise, held_out) if numbers else {}
 
-    def _measure(self, progress: Progress, drawn: Images) -> None:
-        """The errors on held-out and on training pictures, and how different the drawn pictures are."""
+    def _measure(self, progress: Progress, drawn: Images | None) -> None:
+        """The errors on held-out and on training pictures, and how different drawn pictures are, if there are any."""
         held_out, train = (self._errors(rows) for rows in (self.data.held_out, self.data.train))
         line: dict[str, float] = {name: round(values.mean().item(), 7) for name, values in held_out.items()}
-        line |= {"train_loss": round(train[LOSS].mean().item(), 7), "spread": round(self._spread(drawn), 4)}
+        line["train_loss"] = round(train[LOSS].mean().item(), 7)
         if min(len(train[LOSS]), len(held_out[LOSS])) > 1:  # fewer have no deviation, and no gap is beyond doubt
             (gap,) = gaps({LOSS: train[LOSS]}, {LOSS: held_out[LOSS]})
             self._say_by_heart(progress, learned_by_heart(gap))
-        self._say_collapse(progress, line["spread"])
+        if drawn is not None:
+            line["spread"] = round(self._spread(drawn), 4)
+            self._say_collapse(progress, line["spread"])
         self.run.append_metrics({"step": progress.step, "images": progress.images} | line)
 
     def _errors(self, rows: np.ndarray) -> dict[str, Tensor]:
