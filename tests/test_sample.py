@@ -21,7 +21,8 @@ pytest.importorskip("sklearn", reason="the built-in digits come with scikit-lear
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sample") / "run"
-    assert cli(["train", "builtin:digits", "--out", str(out), *"--steps 30 --batch 16 --precision fp32".split()]) == 0
+    words = ["--steps", "30", "--batch", "16", "--precision", "fp32"]
+    assert cli(["train", "builtin:digits", "--out", str(out), *words]) == 0
     return out
 
 

@@ -113,7 +113,8 @@ def test_moved_levels_rise():
 def digits(tmp_path_factory) -> Path:
     pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
     out = tmp_path_factory.mktemp("tune") / "run"
-    assert cli(["train", "builtin:digits", "--out", str(out), *"--steps 30 --batch 16 --precision fp32".split()]) == 0
+    words = ["--steps", "30", "--batch", "16", "--precision", "fp32"]
+    assert cli(["train", "builtin:digits", "--out", str(out), *words]) == 0
     return out
 
 
