@@ -28,14 +28,16 @@ from snowmelt.data.workers import cores
 from snowmelt.device import make_precision, pick_device
 from snowmelt.errors import UserError
 from snowmelt.evaluation.drawing import class_by_chance, make_ready
+from snowmelt.models import MODELS
 from snowmelt.models.base import Drawing, Model
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
 from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import console
 
-FEWEST = 64
-"""Pictures that are worth a process of their own, which takes seconds to start."""
+FEWEST = 256
+"""Pictures that are worth a process of their own, which takes seconds to start and draws a little faster than a thread
+more; never where they are drawn in a single step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +71,10 @@ def draw(order: Order, processes: int) -> Drawn:
     """The pictures of an order, in the order of their numbers.
 
     Args:
-        processes: at most; 0 for as many as there are cores, or one where there is a GPU.
+        processes: 0 for as many as are worth starting: one where there is a GPU, at most as many as there are cores.
     """
-    run, count = Run.open(Path(order.run)), _count(order, processes)
+    run = Run.open(Path(order.run))
+    count = _count(run, order, processes)
     with Progress(console=console(), transient=True) as progress:
         task = progress.add_task(f"Drawing {len(order.numbers)} pictures", total=len(order.numbers))
 
@@ -89,7 +92,8 @@ PILOT = 16
 
 def seconds_per_picture(order: Order, processes: int) -> float:
     """About how long a picture will take, seen on a few."""
-    run, count, threads = Run.open(Path(order.run)), _count(order, processes), torch.get_num_threads()
+    run, threads = Run.open(Path(order.run)), torch.get_num_threads()
+    count = _count(run, order, processes)
     few = dataclasses.replace(order, numbers=order.numbers[:PILOT], threads=max(1, cores() // count))
     try:
         model = _opened(run, few)
@@ -101,10 +105,13 @@ def seconds_per_picture(order: Order, processes: int) -> float:
         torch.set_num_threads(threads)
 
 
-def _count(order: Order, processes: int) -> int:
+def _count(run: Run, order: Order, processes: int) -> int:
     """How many processes draw."""
-    possible = cores() if pick_device(order.device).type == "cpu" else 1
-    return min(processes or possible, -(-len(order.numbers) // FEWEST))
+    if processes:
+        return min(processes, len(order.numbers))
+    if MODELS[run.config.model].at_once or pick_device(order.device).type != "cpu":
+        return 1
+    return min(cores(), -(-len(order.numbers) // FEWEST))
 
 
 def labels_of(run: Run, order: Order) -> list[int] | None:

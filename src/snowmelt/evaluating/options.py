@@ -75,7 +75,7 @@ class EvaluateOptions:
     seed: int = 0
     """Decides the noise; what happens to a picture does not depend on what is measured beside it."""
     processes: int = 0
-    """That draw side by side, each on its own thread; 0: as many as there are cores, or one on a GPU."""
+    """That draw side by side, sharing the cores; 0: as many as are worth starting, or one on a GPU."""
     batch: int = 64
     """Pictures at once."""
     device: str = "auto"
