@@ -53,7 +53,7 @@ class CompareOptions:
     seed: int = 0
     """Decides weights, the order of the pictures, noise and what is held out."""
     processes: int = 0
-    """That draw side by side; 0: as many as there are cores, or one on a GPU."""
+    """That draw side by side; 0: as many as are worth starting, or one on a GPU."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
 
