@@ -109,8 +109,9 @@ def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tm
     monkeypatch.setattr(drawing, "MEASURED_LEVELS", 8)
     monkeypatch.setattr(drawing, "MEASURED_PICTURES", 16)
     words = ["sample", str(digits), "--count", "1", "--sampler", "ddpm", "--variance", "analytic", "--steps", "4"]
-    assert cli([*words, "--out", str(tmp_path)]) == 0
     kept = digits / "evaluations" / "variance.json"
+    kept.unlink(missing_ok=True)
+    assert cli([*words, "--out", str(tmp_path)]) == 0
     before = json.loads(kept.read_text())
     assert all(0 <= power <= 1.1 for power in before["noise_power"]), "of what is left, none can be known beyond all"
     for spoiled in ({**before, "weights": "others"}, {**before, "noise_power": [1.0]}, []):

@@ -1,6 +1,7 @@
 """A run trains, its files tell its story, faults are survived, and time is kept."""
 
 import dataclasses
+import doctest
 import errno
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from snowmelt import checkpoint
+from snowmelt import checkpoint, presets
 from snowmelt.cli import run as cli
 from snowmelt.config import DataConfig
 from snowmelt.data.prepared import open_prepared
@@ -79,6 +80,7 @@ def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
 
 
 def test_short_times_have_small_batches_unless_asked(small):
+    assert doctest.testmod(presets).failed == 0
     data = DataConfig(28, 1, pictures=57_000)
     batches = [preset(data, "diffusion", images=images).training.batch for images in (5_000, 10**6, None)]
     assert batches == [SMALLEST_BATCH, 64, 64]
