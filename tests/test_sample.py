@@ -164,7 +164,7 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--away-from", "early"], "--away-from does nothing without guidance"),
         (["--guidance", "2", "--guidance-rescale", "5"], "give a share from 0 to 1"),
         (["--sampler", "ddpm", "--variance", "learned"], "has not learned a variance"),
-        (["--variance", "forward"], "unipc has no variance to choose"),
+        (["--variance", "forward"], "dpmpp_2m_sde has no variance to choose"),
         (["--guidance", "2", "--guidance-range", "4", "-4"], "is empty"),
         (["--away-from", "late"], "There is no estimate to go away from 'late'"),
         (["--threshold", "clam"], "did you mean 'clamp'?"),

@@ -52,7 +52,7 @@ class SampleOptions:
     """newest, before (it knew its training pictures by heart), or the number of a step that the run has kept."""
     sampler: str | None = None
     """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md. When not
-    given unipc, or what `snowmelt tune` found best for so few steps."""
+    given dpmpp_2m_sde, or what `snowmelt tune` found best for so few steps."""
     steps: int | None = None
     """Noise levels that are visited, 15 when not given; most samplers ask the network once at each."""
     schedule: str | None = None

@@ -24,7 +24,7 @@ from snowmelt.shapes import Features, Images, Labels, Levels
 class Drawing:
     """How pictures are drawn; a family reads what applies to it."""
 
-    sampler: str = "unipc"
+    sampler: str = "dpmpp_2m_sde"
     """A name of `SAMPLERS`."""
     steps: int = 15
     """Levels that are visited; most samplers ask the network once at each."""
