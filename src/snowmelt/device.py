@@ -98,8 +98,8 @@ class Speed(NamedTuple):
     """The one to compute in."""
     ratio: float | None
     """How many times faster bf16 ran than fp32; None where only one of them was asked about."""
-    seconds: float
-    """Of a step in `precision`, at best."""
+    seconds: float | None
+    """Of a step in `precision`, at best; None where nobody asked for it and it need not be known."""
 
 
 def faster_precision(
@@ -107,6 +107,7 @@ def faster_precision(
     step: Callable[[Precision], object],
     *,
     names: tuple[str, ...] = tuple(DTYPES),
+    timed: bool = True,
     seconds: float = 3.0,
     gain: float = 1.1,
 ) -> Speed:
@@ -115,11 +116,17 @@ def faster_precision(
     All of `names` run in turn, after one warm-up each, for about `seconds`. Their best times are compared, since other
     processes can only make a time worse, and bf16 must win by `gain` so that noise does not decide. Where one
     convolution is `PLAIN` times slower in bf16 its steps are not waited for.
+
+    Args:
+        timed: whether the time of a step is wanted too, or only the choice.
     """
     ratio: float | None = None
     if len(names) > 1:
         ratio = convolution_ratio(device)
         names = ("fp32",) if ratio < 1 / PLAIN else names
+    if len(names) == 1 and not timed:
+        (only,) = names
+        return Speed(only, ratio, None)
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         step(Precision(device, name))

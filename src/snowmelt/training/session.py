@@ -61,8 +61,6 @@ def measure(
     threads = threads or threads_for(config.data, cores())
     torch.set_num_threads(threads)
     names = tuple(DTYPES) if asked == "auto" else (make_precision(device, asked).name,)
-    if len(names) == 1 and config.training.steps is not None:
-        return Measured(names[0], threads, None)
     learners: dict[str, Learner] = {}
     stream = Stream(data, batch=config.training.batch, seed=0, flip=False, workers=0, device=device)
     batch = stream.at(0)
@@ -73,10 +71,11 @@ def measure(
         learners[precision.name].update(batch, generator(0, "measure", device=device), 0.0)
 
     seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
-    found = faster_precision(device, step, names=names, seconds=seconds * len(names) / len(DTYPES))
+    timed = config.training.seconds is not None
+    found = faster_precision(device, step, names=names, timed=timed, seconds=seconds * len(names) / len(DTYPES))
     if found.ratio is not None:
         log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
-    return Measured(found.precision, threads, len(batch.images) / found.seconds)
+    return Measured(found.precision, threads, found.seconds and len(batch.images) / found.seconds)
 
 
 def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
