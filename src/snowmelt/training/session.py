@@ -46,7 +46,7 @@ class Measured(NamedTuple):
     precision: str
     threads: int
     images_per_second: float | None
-    """None where nothing depends on it: the precision was given, and the number of steps."""
+    """None where nothing depends on it: in a run by steps whose precision needed no race."""
 
     def settled(self, config: Config) -> Config:
         """The configuration with its precision and threads."""
