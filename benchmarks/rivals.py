@@ -12,11 +12,13 @@ without what it asks for beside: a `torchvision` that fits the build of torch is
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ def diffusers(
         updates: that its cosine learning rate is laid out for.
         bf16: under bf16 autocast, as somebody who knows would add.
     """
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import UNet2DModel
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
     from torch.nn import functional
@@ -70,7 +72,7 @@ def diffusers(
     torch.manual_seed(seed)
     model = UNet2DModel(**settings)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    noising = DDPMScheduler(num_train_timesteps=1000)
+    noising = _ddpm()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     rates = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=updates)
     order = batches(pictures, batch)
@@ -92,13 +94,58 @@ def diffusers(
     def finished() -> Callable[[Tensor, Tensor], Tensor]:
         averaged = copy.deepcopy(model).eval()
         ema.copy_to(averaged.parameters())
-
-        def picture(x: Tensor, time: int, alpha: float, sigma: float) -> Tensor:
-            return (x - sigma * averaged(x, time).sample) / alpha
-
-        return at_table(noising.alphas_cumprod, picture)
+        return _by_noise(averaged, noising)
 
     return Rival(step, model, finished, "bf16" if bf16 else "fp32")
+
+
+def diffusers_tuned(
+    pictures: Tensor, settings: dict[str, Any], batch: int, *, updates: int = 100_000, seed: int = 0
+) -> Rival:
+    """`diffusers`' network, loss, noise and batch, with the optimizer, learning rate and averaging of Snowmelt."""
+    from diffusers import UNet2DModel
+    from torch.nn import functional
+
+    from snowmelt.config import TrainingConfig
+    from snowmelt.ema import Average
+    from snowmelt.models.optimizer import Optimizer
+    from snowmelt.training.plan import Plan
+
+    torch.manual_seed(seed)
+    model, noising = UNet2DModel(**settings), _ddpm()
+    training = TrainingConfig(steps=updates, batch=batch, learning_rate=3e-3)
+    plan, optimizer, average = Plan.open(Path(), training), Optimizer(model, training), Average(model, training.average)
+    order, count = batches(pictures, batch), itertools.count(1)
+
+    def step() -> None:
+        done, images = next(count), next(order)
+        noise = torch.randn_like(images)
+        times = torch.randint(0, 1000, (batch,))
+        functional.mse_loss(model(noising.add_noise(images, noise, times), times).sample, noise).backward()
+        optimizer.step(plan.learning_rate(done))
+        average.update(done)
+
+    def finished() -> Callable[[Tensor, Tensor], Tensor]:
+        averaged = copy.deepcopy(model).eval()
+        averaged.load_state_dict(average.state())
+        return _by_noise(averaged, noising)
+
+    return Rival(step, model, finished)
+
+
+def _ddpm() -> Any:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(num_train_timesteps=1000)
+
+
+def _by_noise(model: Any, noising: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The denoiser of a network that finds the noise."""
+
+    def picture(x: Tensor, time: int, alpha: float, sigma: float) -> Tensor:
+        return (x - sigma * model(x, time).sample) / alpha
+
+    return at_table(noising.alphas_cumprod, picture)
 
 
 def _without(package: str, *names: str) -> None:

@@ -1,6 +1,6 @@
 """How good are pictures after so many minutes, here and elsewhere?
 
-    python benchmarks/time_to_quality.py ../shared/data/mnist-train.zip --minutes 10 --ours 1 2.5 10
+    python benchmarks/time_to_quality.py ../shared/data/mnist-train.zip --size 32 --minutes 10 --ours 1 2.5 10
 
 Each system trains alone, one after the other, on the same training pictures of the same size, with all cores: the
 rivals for `--minutes` with the settings of their own scripts on a small network of theirs, Snowmelt by `snowmelt train
@@ -8,12 +8,13 @@ rivals for `--minutes` with the settings of their own scripts on a small network
 
     error      of denoising, |picture - x0|^2 / sigma^2 per pixel (the error of v), mean over log-SNR -8, -6 ... 6;
                no system is told the class, since only Snowmelt learns classes
-    distances  Frechet, of `--samples` pictures drawn by the same sampler (15 steps of UniPC), in the offline spaces;
-               Snowmelt draws pictures of its classes, as often as the folder has them
+    distances  Frechet, of `--samples` pictures drawn by the same sampler (that of `snowmelt sample`), in the offline
+               spaces; Snowmelt draws pictures of its classes, as often as the folder has them; none with --samples 0
 
 A rival's clock begins with its first update, Snowmelt's with the command. What is chosen for the rivals, beyond their
 scripts: `diffusers` trains a U-Net of 3.7 million parameters in fp32 or, as `diffusers bf16`, under autocast, and its
-cosine learning rate is laid out for the updates that fit into the time; denoising-diffusion-pytorch trains a `Unet` of
+cosine learning rate is laid out for the updates that fit into the time; `diffusers tuned` is the same network, loss
+and batch with the optimizer, learning rate and averaging of Snowmelt; denoising-diffusion-pytorch trains a `Unet` of
 width 32. A rival asked about a level answers for the nearest step of its table. How to install them: rivals.py.
 """
 
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 LEVELS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
-HELD_OUT = 512
+HELD_OUT = 256
 BATCH = 64
 """Pictures drawn or denoised at once."""
 SMALL = {"block_out_channels": [64, 96, 128], "layers_per_block": 1}
@@ -56,7 +58,7 @@ class Options:
     """Minutes of the runs of Snowmelt."""
     rivals: tuple[str, ...] = ("diffusers", "denoising-diffusion-pytorch")
     size: int | None = None
-    samples: int = 1000
+    samples: int = 600
     seed: int = 0
     out: Path = Path("runs/time-to-quality")
 
@@ -69,7 +71,7 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     import numpy as np
     import torch
 
-    from rivals import denoising_diffusion_pytorch, diffusers
+    from rivals import denoising_diffusion_pytorch, diffusers, diffusers_tuned
     from snowmelt.data.pixels import to_images
     from snowmelt.data.prepared import open_prepared
     from snowmelt.data.workers import cores
@@ -88,14 +90,14 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
             "up_block_types": [block.replace("Down", "Up") for block in reversed(blocks)],
             **SMALL,
         }
-        bf16 = name.endswith("bf16")
-        trial = diffusers(pictures, settings, SCRIPT_BATCH, bf16=bf16)
+        make = diffusers_tuned if name.endswith("tuned") else partial(diffusers, bf16=name.endswith("bf16"))
+        trial = make(pictures, settings, SCRIPT_BATCH)
         trial.step()
         start = time.perf_counter()
         for _ in range(TRIAL):
             trial.step()
         updates = int(seconds * TRIAL / (time.perf_counter() - start))
-        rival = diffusers(pictures, settings, SCRIPT_BATCH, updates=updates, bf16=bf16, seed=seed)
+        rival = make(pictures, settings, SCRIPT_BATCH, updates=updates, seed=seed)
     else:
         rival = denoising_diffusion_pytorch(pictures, SCRIPT_BATCH, seed=seed)
     steps, begin = 0, time.time()
@@ -122,7 +124,7 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     from snowmelt.data.pixels import to_images, to_pixels
     from snowmelt.data.prepared import open_prepared, spread_rows
     from snowmelt.device import Precision
-    from snowmelt.diffusion.grids import log_snr_grid
+    from snowmelt.diffusion.grids import GRIDS
     from snowmelt.diffusion.noise import add_noise
     from snowmelt.diffusion.samplers import SAMPLERS
     from snowmelt.diffusion.schedules import cosine
@@ -130,6 +132,7 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     from snowmelt.evaluating.options import EvaluateOptions
     from snowmelt.evaluating.quality import in_spaces, spaces_of
     from snowmelt.evaluation.drawing import class_by_chance
+    from snowmelt.models.base import Drawing
     from snowmelt.pictures import save_png, sheet
     from snowmelt.presets import facts_of
     from snowmelt.run import Run
@@ -163,24 +166,27 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
                 answer = bind(None)(x, log_snr)
                 squares += ((answer - images[part]) ** 2).flatten(1).mean(1).tolist()
             errors.append(sum(squares) / len(squares) * (1 + float(torch.tensor(level).exp())))
-        grid, parts = log_snr_grid(cosine, 15), []
+        drawing, parts = Drawing(), []
+        sampler = SAMPLERS[drawing.sampler]
+        grid = GRIDS[sampler.grid](cosine, drawing.steps)
         begin = time.perf_counter()
         for start in range(0, options.samples, BATCH):
             numbers = range(start, min(start + BATCH, options.samples))
             source = noise_source([0] * len(numbers), numbers, tuple(images.shape[1:]))
             chosen = [class_by_chance(facts, 0, number) for number in numbers] if facts.classes else []
-            walk = SAMPLERS["unipc"](bind(torch.tensor(chosen) if chosen else None), source(0), grid, source)
+            walk = sampler(bind(torch.tensor(chosen) if chosen else None), source(0), grid, source)
             *_, last = walk
             parts.append(last.x0)
-        seconds = (time.perf_counter() - begin) / options.samples
+        seconds = (time.perf_counter() - begin) / max(1, options.samples)
+    found: dict[str, Any] = {"error": sum(errors) / len(errors), "errors": errors}
+    if not options.samples:
+        return found
     drawn = torch.cat(parts)
     log = Log(console(), options.out / "log.txt")
     spaces = spaces_of(prepared, EvaluateOptions(Path()), log)
     pixels = to_pixels(drawn).numpy()
     figures = in_spaces(spaces, prepared, Drawn(pixels, None, 0.0), seed=options.seed, names=("frechet",))
-    return {
-        "error": sum(errors) / len(errors),
-        "errors": errors,
+    return found | {
         "seconds_per_picture": seconds,
         "distances": {figure.space: [figure.value, figure.low, figure.high, figure.floor] for figure in figures},
         "sheet": str(save_png(options.out / f"{time.time():.0f}.png", sheet(drawn[:64], 8))),
@@ -225,15 +231,17 @@ def show(found: dict[str, Any]) -> None:
     for title, row in found.items():
         least = min((other["error"] for other in rivals), default=float("nan"))
         cells, ratios = [], []
-        for space, (value, low, high, floor) in row["distances"].items():
+        for space, (value, low, high, floor) in row.get("distances", {}).items():
             if value is None:
                 continue
             cells.append(f"{space} {value:.4g} ({low:.4g} to {high:.4g}; real {floor:.3g})")
-            nearest = min((other["distances"][space][0] or float("nan") for other in rivals), default=float("nan"))
+            theirs = (other["distances"][space][0] or float("nan") for other in rivals if "distances" in other)
+            nearest = min(theirs, default=float("nan"))
             ratios.append(f"{space} {nearest / value:.2f}")
         table.add_row(
             title, f"{row['images']:,}", f"{row['parameters'] / 1e6:.2f}", f"{row['error']:.4f}",
-            f"{row['error'] / least:.2f}", "\n".join(cells), "\n".join(ratios), f"{row['seconds_per_picture']:.3f}",
+            f"{row['error'] / least:.2f}", "\n".join(cells), "\n".join(ratios),
+            f"{row['seconds_per_picture']:.3f}" if "seconds_per_picture" in row else "-",
         )  # fmt: skip
     Console(width=170).print(table)
 
