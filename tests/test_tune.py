@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from snowmelt.cli import run as cli
+from snowmelt.device import Precision
 from snowmelt.diffusion.exact import GaussianMixture
 from snowmelt.diffusion.grids import log_snr_grid
 from snowmelt.diffusion.multistep import COUNTED, DATA, NOISE, combined
@@ -24,6 +25,8 @@ from snowmelt.diffusion.walk import Step
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import order_of
 from snowmelt.evaluation.drawing import keep_tuned, tuned
+from snowmelt.evaluation.metrics import frechet_of
+from snowmelt.evaluation.neighbours import Pair
 from snowmelt.models.base import Drawing
 from snowmelt.run import Run
 
@@ -119,7 +122,7 @@ def digits(tmp_path_factory) -> Path:
 
 
 def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys, monkeypatch):
-    for name, fewer in {"FINE": 15, "TRIED": 16, "CHECKED": 16, "LARGEST_BATCH": 16}.items():
+    for name, fewer in {"FINE": 15, "TRIED": 16, "JUDGED": 16, "REAL": 300, "LARGEST_BATCH": 16}.items():
         monkeypatch.setattr(tune, name, fewer)
 
     def drawn(*words: str) -> tuple[dict, bytes]:
@@ -129,7 +132,7 @@ def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys, monkeyp
     before, picture = drawn("--steps", "6")
     words = ["tune", str(digits), "--pictures", "32", "--counts", "4", "6", "--samplers", "ddim", "ipndm"]
     assert cli(words) == 0
-    assert "ipndm, as usual" in capsys.readouterr().err
+    assert "unipc, as usual" in capsys.readouterr().err
     kept = json.loads((digits / "evaluations" / "levels.json").read_text())["steps"]
     assert kept.keys() == {"4", "6"} and all(len(kept[count]["levels"]) == int(count) for count in kept)
     after, other = drawn("--steps", "6")
@@ -144,6 +147,37 @@ def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys, monkeyp
     assert order_of(run, options).drawing.levels == tuple(kept["6"]["levels"])
     assert order_of(run, dataclasses.replace(options, sampler="unipc")).drawing.levels == ()
     assert order_of(run, EvaluateOptions(digits)).drawing.levels == ()
+
+
+def test_real_pictures_decide(digits, monkeypatch):
+    """The smallest distance wins, whatever is nearest to many steps; each candidate draws the same pictures."""
+    for name, fewer in {"FINE": 9, "TRIED": 8, "JUDGED": 8, "REAL": 50, "LARGEST_BATCH": 8}.items():
+        monkeypatch.setattr(tune, name, fewer)
+    seen: list[Drawing] = []
+
+    def distance(_judge: object, drawing: Drawing) -> float:
+        seen.append(drawing)
+        return 0.0 if drawing.sampler == "unipc" else 1.0
+
+    monkeypatch.setattr(tune.Judge, "distance", distance)
+    options = tune.TuneOptions(digits, counts=(4,), samplers=("ddim", "dpmpp_2m"), pictures=8)
+    file = tune.tune(options)
+    assert json.loads(file.read_text())["steps"]["4"]["sampler"] == "unipc"
+    assert {one.sampler for one in seen} >= {"dpmpp_2m", "unipc", "dpmpp_2m_sde"}
+    assert all(len(one.levels) == 4 for one in seen) and len({(one.sampler, one.levels) for one in seen}) == len(seen)
+    file.unlink()
+
+
+def test_the_judge_sees_what_is_nearer(digits):
+    """Real pictures lie nearer to the training pictures than noise, and what is drawn is measured as it is."""
+    run = Run.open(digits)
+    model, _ = run.load_model(Precision(torch.device("cpu")))
+    judged: list[int] = []
+    judge = tune.Judge.of(run, model, tune.TuneOptions(digits), lambda: judged.append(1))
+    real = frechet_of(Pair(judge.real, judge.space.features(run.open_pictures().images[:256])))
+    drawing = Drawing(steps=3)
+    drawn = judge.distance(drawing)
+    assert real < drawn == judge.distance(drawing) and len(judged) == 2
 
 
 def test_levels_of_other_weights_are_not_used(digits):
@@ -182,7 +216,7 @@ def test_levels_of_other_weights_are_not_used(digits):
         (["--samplers", "dpmpp_2m_sde"], "no multistep sampler"),
         (["--samplers", "dimm"], "ddim"),
         (["--counts", "2"], "from 3"),
-        (["--pictures", "3"], "at least 64"),
+        (["--pictures", "3"], "at least 32"),
         (["--device", "abacus"], "no device"),
     ],
 )

@@ -1,4 +1,9 @@
-"""`snowmelt tune`: which few levels draw best with this run, found on trajectories of its own."""
+"""`snowmelt tune`: which few levels draw best with this run.
+
+Candidates come from trajectories of the run itself (`diffusion/search.py`): levels at which few steps draw what many
+draw. Many steps need not draw best, since a network that has not learned everything is followed into all its errors,
+and fresh noise forgets a part of them. So the last word has the distance to real pictures.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +24,42 @@ if TYPE_CHECKING:
     from snowmelt.diffusion.multistep import Form
     from snowmelt.diffusion.search import Costs, Trajectories
     from snowmelt.diffusion.walk import NoiseSource, Step
+    from snowmelt.evaluation.features import Space
     from snowmelt.models.base import Drawing
     from snowmelt.models.diffusion import DiffusionModel
-    from snowmelt.shapes import Images, Labels
+    from snowmelt.run import Run
+    from snowmelt.shapes import Features, Images, Labels
 
 FINE = 41
 """Levels of a trajectory, of which few are chosen."""
 REFERENCE = "dpmpp_3m"
 DISCOUNTS = (0.0, 0.5, 1.0)
 """How much of an error the rest of the way undoes (see `snowmelt.diffusion.search`); each is tried."""
-TRIED, CHECKED = 64, 128
-"""Pictures that every candidate draws, and others that the best are checked on."""
+TRIED = 32
+"""Pictures that are drawn at searched levels, to be compared with those of many steps."""
+JUDGED, REAL = 256, 2000
+"""Pictures drawn with each candidate, and training pictures, between which the distance is measured."""
+USUAL = ("dpmpp_2m", "unipc")
+"""Samplers whose usual levels are candidates, beside those of the sampler that draws when nothing is asked for."""
 LARGEST_BATCH, LARGE = 64, 64
 """Pictures drawn at once, up to this size; fewer of larger ones, whose trajectories would not fit into memory."""
 SHIFTS = (0.3, -0.3)
 """Shares of the way to a neighbour by which a level is moved, to see whether that is better."""
-ROUNDS = 2
+ROUNDS = 1
 FEWEST, MOST = 3, 30
 """Steps that levels are found for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TuneOptions:
-    """Find the levels at which few steps draw best, from trajectories of the run; `snowmelt sample` then uses them."""
+    """Find the levels at which few steps draw best with a run; `snowmelt sample` then uses them."""
 
     run: tyro.conf.Positional[Path]
     """A run of a diffusion model."""
     counts: tuple[int, ...] = (5, 6, 8, 10)
     """Numbers of steps to find levels for."""
     samplers: tuple[str, ...] = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm")
-    """The multistep samplers to find them for; of each number of steps the best one becomes the default."""
+    """The multistep samplers to search them for; of each number of steps the best one becomes the default."""
     pictures: int = 256
     """Trajectories to learn from."""
     seed: int = 1_000_000
@@ -94,11 +105,53 @@ class Bench:
         return Trial(drawing, (sum(squares) / len(squares)) ** 0.5)
 
 
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Says how near pictures are to the training pictures, in a space that nobody trained."""
+
+    model: DiffusionModel
+    space: Space
+    real: Features
+    seed: int
+    judged: Callable[[], object]
+    """Called after every candidate."""
+
+    @staticmethod
+    def of(run: Run, model: DiffusionModel, options: TuneOptions, judged: Callable[[], object]) -> Judge:
+        """With pictures of `run`.
+
+        Raises:
+            UserError: they are gone.
+        """
+        from snowmelt.data.prepared import spread_rows
+        from snowmelt.evaluation.features import open_spaces, real_features
+
+        data = run.open_pictures()
+        (space,) = open_spaces(data, ("random",), device=model.precision.device, log=lambda _: None)
+        return Judge(model, space, real_features(space, data, spread_rows(data.train, REAL)), options.seed, judged)
+
+    def distance(self, drawing: Drawing) -> float:
+        """The Frechet distance of `JUDGED` pictures, made of the same noise for every drawing."""
+        import numpy as np
+
+        from snowmelt.data.pixels import to_pixels
+        from snowmelt.evaluation.metrics import frechet_of
+        from snowmelt.evaluation.neighbours import Pair
+
+        pixels: list[np.ndarray] = []
+        # Of other noise than the trajectories.
+        for noise, labels in noises(self.model, self.seed + 1, JUDGED):
+            *_, last = self.model.sample(noise, labels, drawing)
+            pixels.append(to_pixels(last.x0).cpu().numpy())
+        self.judged()
+        return frechet_of(Pair(self.real, self.space.features(np.concatenate(pixels))))
+
+
 def tune(options: TuneOptions) -> Path:
-    """Search, check on other pictures, keep the levels in the run and return the file that holds them.
+    """Search, judge by real pictures, keep the levels in the run and return the file that holds them.
 
     Raises:
-        UserError: for every mistake in the options, before anything is computed.
+        UserError: for every mistake in the options, or training pictures that are gone, before anything is computed.
     """
     # Late, so that the command line stays instant.
     from rich.progress import Progress
@@ -106,7 +159,6 @@ def tune(options: TuneOptions) -> Path:
 
     from snowmelt.device import make_precision, pick_device
     from snowmelt.evaluation.drawing import keep_tuned
-    from snowmelt.models.base import Drawing
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
 
@@ -116,30 +168,35 @@ def tune(options: TuneOptions) -> Path:
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step: nothing to tune.")
     screen = console()
-    screen.print(
-        f"Drawing {options.pictures + CHECKED} pictures in {FINE} steps, then {TRIED} of them {_trials(options):,} "
-        f"times in {min(options.counts)} to {max(options.counts)} steps."
-    )
     with Progress(console=screen, transient=True) as progress:
-        drawn = walks(model, options, progress)
-        found, parts = learned(drawn, options.pictures)
+        judging = progress.add_task("Candidates", start=False)
+        judge = Judge.of(run, model, options, lambda: progress.advance(judging))
+        progress.console.print(
+            f"Drawing {options.pictures} pictures in {FINE} steps, {TRIED} of them {_trials(options):,} times in "
+            f"{min(options.counts)} to {max(options.counts)} steps, and {JUDGED} others with every candidate."
+        )
+        found, parts = learned(walks(model, options, progress), options.pictures)
         trying = progress.add_task("Levels", total=_trials(options))
         bench = Bench(model, parts, lambda: progress.advance(trying))
         costs = costs_of(found, options.samplers)
-        best = {count: searched(bench, costs, count) for count in options.counts}
-        others = [part for part, _ in drawn]
-        checking = progress.add_task("Check", total=len(best) * (1 + len(options.samplers)))
-        check_bench = Bench(model, others, lambda: progress.advance(checking))
-        table = Table("steps", "best", "error", *(f"{name}, as usual" for name in options.samplers))
-        for count, one in best.items():
-            usual = (check_bench.trial(Drawing(sampler=name, steps=count)).error for name in options.samplers)
-            error = check_bench.trial(one.drawing).error
-            table.add_row(str(count), one.drawing.sampler, f"{error:.4f}", *(f"{other:.4f}" for other in usual))
-    file = keep_tuned(run, state, {count: one.drawing for count, one in best.items()})
+        candidates = {count: candidates_of(bench, costs, count) for count in options.counts}
+        progress.update(judging, total=sum(map(len, candidates.values())))
+        progress.start_task(judging)
+        judged = {
+            count: {name: (judge.distance(one), one) for name, one in these.items()}
+            for count, these in candidates.items()
+        }
+    best = {count: min(these, key=lambda name: these[name][0]) for count, these in judged.items()}
+    file = keep_tuned(run, state, {count: judged[count][name][1] for count, name in best.items()})
+    usual = list(usual_names())
+    table = Table("steps", "best", "distance", *(f"{name}, as usual" for name in usual))
+    for count, these in judged.items():
+        shown = (f"{these[f'{name}, usual levels'][0]:.4g}" for name in usual)
+        table.add_row(str(count), best[count], f"{these[best[count]][0]:.4g}", *shown)
     screen.print(table)
     screen.print(
-        f"Errors are differences from pictures of {FINE} steps, root mean square over pixels from -1 to 1, of "
-        f"{CHECKED} pictures that had no part in the search."
+        f"Distances are Frechet distances of {JUDGED} drawn from {len(judge.real):,} training pictures, in the space "
+        "of random convolutions. The best was chosen by them, so its own flatters it a little."
     )
     screen.print(f"Wrote {file}; snowmelt sample {run.path} --steps {options.counts[-1]} uses it.", markup=False)
     return file
@@ -162,24 +219,29 @@ def check(options: TuneOptions) -> None:
         raise UserError(f"--pictures is {options.pictures}; give at least {TRIED}.")
 
 
-def walks(model: DiffusionModel, options: TuneOptions, progress: Progress) -> Iterator[tuple[Part, list[Step]]]:
-    """Batches of pictures with their walks over `FINE` levels: `options.pictures` to learn from, `CHECKED` others."""
+def noises(model: DiffusionModel, seed: int, count: int) -> Iterator[tuple[NoiseSource, Labels | None]]:
+    """Batches of the noise of `count` pictures and, where there are classes, of what they show."""
     import torch
 
     from snowmelt.evaluation.drawing import class_by_chance
-    from snowmelt.models.base import Drawing
     from snowmelt.seeds import noise_source
 
     data, device = model.config.data, model.precision.device
     batch = max(1, min(LARGEST_BATCH, LARGEST_BATCH * LARGE**2 // data.size**2))
-    starts = [*range(0, options.pictures, batch), *range(options.pictures, options.pictures + CHECKED, batch)]
-    work = progress.add_task("Trajectories", total=len(starts) * FINE)
-    for start, stop in pairwise([*starts, options.pictures + CHECKED]):
-        numbers = range(start, stop)
-        shape = (data.channels, data.size, data.size)
-        noise = noise_source([options.seed] * len(numbers), numbers, shape, device)
-        classes = [class_by_chance(data, options.seed, number) for number in numbers] if data.classes else []
-        labels = torch.tensor(classes, device=device) if classes else None
+    for start, stop in pairwise([*range(0, count, batch), count]):
+        numbers, shape = range(start, stop), (data.channels, data.size, data.size)
+        classes = [class_by_chance(data, seed, number) for number in numbers] if data.classes else []
+        noise = noise_source([seed] * len(numbers), numbers, shape, device)
+        yield noise, torch.tensor(classes, device=device) if classes else None
+
+
+def walks(model: DiffusionModel, options: TuneOptions, progress: Progress) -> Iterator[tuple[Part, list[Step]]]:
+    """Batches of `options.pictures` pictures with their walks over `FINE` levels."""
+    from snowmelt.models.base import Drawing
+
+    batches = list(noises(model, options.seed, options.pictures))
+    work = progress.add_task("Trajectories", total=len(batches) * FINE)
+    for noise, labels in batches:
         walk: list[Step] = []
         for step in model.sample(noise, labels, Drawing(sampler=REFERENCE, steps=FINE)):
             walk.append(step)
@@ -222,8 +284,40 @@ def costs_of(found: Trajectories, samplers: Sequence[str]) -> dict[str, Costs]:
     return costs
 
 
+def usual_names() -> Iterator[str]:
+    """The samplers whose usual levels are candidates."""
+    from snowmelt.models.base import Drawing
+
+    yield from dict.fromkeys((*USUAL, Drawing().sampler))
+
+
+def candidates_of(bench: Bench, costs: dict[str, Costs], count: int) -> dict[str, Drawing]:
+    """By what the table calls them: ways to draw in `count` steps, among which real pictures decide.
+
+    The one nearest to many steps; the sampler with fresh noise at the levels that suit its like without; usual levels.
+    """
+    from snowmelt.models.base import Drawing
+
+    plain = Drawing().sampler
+    found = {"searched": searched(bench, costs, count).drawing}
+    cost = costs.get(plain.removesuffix("_sde"), next(iter(costs.values())))
+    for discount in DISCOUNTS:
+        levels = levels_of(bench, cost, discount, count)
+        found[f"{plain}, searched levels ({discount:g})"] = Drawing(sampler=plain, levels=levels)
+    for name in usual_names():
+        usual = bench.model.grid(Drawing(sampler=name, steps=count)).tolist()
+        found[f"{name}, usual levels"] = Drawing(sampler=name, levels=tuple(usual))
+    return {f"{one.sampler}, searched levels" if name == "searched" else name: one for name, one in found.items()}
+
+
+def levels_of(bench: Bench, cost: Costs, discount: float, count: int) -> tuple[float, ...]:
+    """The best path of `count` levels."""
+    places = cost.discounted(bench.model.config.data.std, discount).best(count)
+    return tuple(cost.levels[place] for place in places)
+
+
 def searched(bench: Bench, costs: dict[str, Costs], count: int) -> Trial:
-    """The best levels of `count` steps, of the best sampler."""
+    """The levels of `count` steps, of the sampler, with which pictures are nearest to those of many steps."""
     from snowmelt.models.base import Drawing
 
     tried: list[Trial] = []
@@ -231,8 +325,7 @@ def searched(bench: Bench, costs: dict[str, Costs], count: int) -> Trial:
         usual = bench.model.grid(Drawing(sampler=name, steps=count)).tolist()
         tried.append(bench.trial(Drawing(sampler=name, levels=tuple(usual))))
         for discount in DISCOUNTS:
-            places = cost.discounted(bench.model.config.data.std, discount).best(count)
-            tried.append(bench.trial(Drawing(sampler=name, levels=tuple(cost.levels[place] for place in places))))
+            tried.append(bench.trial(Drawing(sampler=name, levels=levels_of(bench, cost, discount, count))))
     best = min(tried, key=_error)
     for _ in range(ROUNDS):
         for place in range(1, count):

@@ -20,18 +20,42 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iteration takes all singular values to about 1: within 0.7 and 1.2."""
 ITERATIONS = 5
+LONG = 2
+"""From this many columns for each row on, it is less work to multiply the polynomials first."""
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(count, rows, columns): about the nearest orthogonal matrix to each, by Newton and Schulz."""
+    """(count, rows, columns): about the nearest orthogonal matrix to each, by Newton and Schulz.
+
+    Every iteration multiplies x by a polynomial of x x^T, so where x is long its products can wait: the polynomials are
+    multiplied first, and x by them once. That is 2.5 times less work for a kernel of 3 x 3. In bfloat16 the products
+    of products would be too inexact.
+    """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    for _ in range(ITERATIONS):
+    if x.dtype == torch.bfloat16 or x.shape[2] < LONG * x.shape[1]:
+        for _ in range(ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    else:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        product = factor = _polynomial(gram)
+        for _ in range(ITERATIONS - 1):
+            gram = factor @ gram @ factor
+            factor = _polynomial(gram)
+            product = factor @ product
+        x = product @ x
     return x.mT if tall else x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """What x is multiplied by, for gram = x x^T."""
+    a, b, c = COEFFICIENTS
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor
 
 
 class Muon(torch.optim.Optimizer):
