@@ -116,7 +116,7 @@ def test_long_matrices_are_made_orthogonal_alike():
     for spread in (0, 3):
         matrices = torch.randn(2, 32, 288, generator=rng)
         u, values, v = torch.linalg.svd(matrices, full_matrices=False)
-        matrices = u * (values * torch.logspace(0, -spread, 32)) @ v
+        matrices = (u * (values * torch.logspace(0, -spread, 32))[:, None]) @ v
         a, b, c = COEFFICIENTS
         x = matrices.double() / matrices.double().flatten(1).norm(dim=1)[:, None, None]
         for _ in range(ITERATIONS):
