@@ -15,6 +15,7 @@ import dataclasses
 import io
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,7 @@ def photos(folder: Path, options: Options) -> tuple[Path, Path]:
     every, few = folder / f"{options.count}-{options.side}-{options.quality}", folder / "few"
     if not every.exists():
         making = folder / "making"
+        shutil.rmtree(making, ignore_errors=True)  # of a call that was cut off
         making.mkdir(parents=True, exist_ok=True)
         write_photos(making, options)
         making.rename(every)
