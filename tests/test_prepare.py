@@ -22,6 +22,7 @@ import zoo
 from snowmelt.data import assemble, workers
 from snowmelt.data.decode import Recipe, decode, to_grey
 from snowmelt.data.prepared import Prepared
+from snowmelt.data.source import Entry
 from snowmelt.errors import UserError
 from snowmelt.prepare import PrepareOptions, prepare
 
@@ -228,6 +229,32 @@ def test_one_coloured_cover_does_not_colour_a_hundred_scans(tmp_path):
 
 def test_large_pictures_are_not_made_larger_than_64(tmp_path):
     assert run(pictures(tmp_path / "x", 3, side=100), tmp_path / "out").size == 64
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "most"),
+    [
+        ("JPEG", {"quality": 95}, 1 << 14),
+        ("JPEG", {"quality": 95, "exif": b"Exif\0\0" + bytes(50_000)}, 1 << 19),
+        ("JPEG", {"quality": 95, "icc_profile": bytes(500_000)}, 1 << 21),
+        ("PNG", {}, 1 << 14),
+        ("TIFF", {"compression": "tiff_lzw"}, 1 << 21),  # its directory comes last
+        ("WEBP", {"lossless": True}, 1 << 21),
+        ("BMP", {}, 1 << 14),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_picture_is_measured_from_as_little_as_tells_its_size(kind, options, most):
+    file = io.BytesIO()
+    Image.fromarray(zoo.noise(1, 500)).crop((0, 0, 500, 400)).save(file, kind, **options)
+    data, taken = file.getvalue(), []
+
+    def read(_: Entry, limit: int) -> bytes:
+        taken.append(min(limit, len(data)))
+        return data[:limit]
+
+    assert workers.treat(read, Entry("picture", len(data)), None) == 400
+    assert sum(taken) <= most
 
 
 def test_statistics_are_of_the_training_images(tmp_path):

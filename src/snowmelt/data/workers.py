@@ -39,7 +39,8 @@ except ImportError:  # Windows: no limits there but the one on waiting
 CPU_SECONDS = 10.0
 WAIT_SECONDS = 60.0  # generous, as it also counts time stolen by other programs and slow disks
 MEMORY_BYTES = 4 << 30
-_PREFIX_BYTES = 1 << 18
+_LONG_BYTES = 1 << 18
+_HEADERS_BYTES = (1 << 14, 1 << 18)  # most headers are within the first; those with thumbnails or profiles may not be
 _CHUNK_FILES = 32
 _DONE = b"."
 _CHUNK_PIXELS = 1 << 23
@@ -241,7 +242,7 @@ def treat(read: Read, entry: Entry, recipe: Recipe | None) -> Outcome:
             raise Unusable(f"larger than {MAX_FILE_BYTES >> 20} MB")
         if recipe is None:
             return _measure(read, entry)
-        if entry.size > _PREFIX_BYTES:
+        if entry.size > _LONG_BYTES:
             recognise(read(entry, HEAD_BYTES))  # not to read a whole video only to see that it is none
         return decode(_whole(read, entry), entry.name, recipe)
     except Unusable as reason:
@@ -260,11 +261,12 @@ def _whole(read: Read, entry: Entry) -> bytes:
 
 
 def _measure(read: Read, entry: Entry) -> int:
-    if entry.size > _PREFIX_BYTES:
-        head = read(entry, _PREFIX_BYTES)
-        recognise(head[:HEAD_BYTES])
-        with suppress(Unusable):
-            return shorter_side(head)
+    for prefix in _HEADERS_BYTES:
+        if entry.size > prefix:
+            head = read(entry, prefix)
+            recognise(head[:HEAD_BYTES])
+            with suppress(Unusable):
+                return shorter_side(head)
     return shorter_side(_whole(read, entry))
 
 
