@@ -156,6 +156,9 @@ class Run:
         weights = checkpoint.load(path, "average")
         model = build_model(self.config, precision)
         checkpoint.load_into(model, weights, path)
+        if precision.device.type == "cpu":
+            # Channels beside each other: pictures are drawn 1.1 to 1.3 times as fast (docs/recipe.md).
+            model.to(memory_format=torch.channels_last)
         return model, path
 
     def load_learner(self, precision: Precision, state: str = "newest") -> Learner:

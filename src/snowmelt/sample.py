@@ -79,7 +79,7 @@ class SampleOptions:
     """Also write all pictures as one sheet, grid.png."""
     strip: bool = False
     """Also write strip.png: how the pictures come out of the noise."""
-    batch: int = 64
+    batch: int = 32
     """Pictures drawn at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster where the processor has it; fp32 draws the same picture everywhere."""

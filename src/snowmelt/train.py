@@ -108,9 +108,10 @@ def plan(options: TrainOptions) -> None:
     """
     from rich.console import Console
 
+    _check(options)
+    _check_source(_path(options), options)
     from snowmelt.training.forecast import plan_table
 
-    _check(options)
     overrides, say = _refuse_early(options), console()
     out = _path(options).absolute()
     beside = next(parent for parent in out.parents if parent.is_dir())
@@ -133,6 +134,7 @@ def train(options: TrainOptions) -> Run:
     if options.plan:
         raise UserError("A plan trains nothing; leave `plan` away, or call snowmelt.train.plan.")
     path = _path(options)
+    _check_source(path, options)
     run = _existing(path, options)
     say = console()
     if run is not None and run.status().get("state") == "finished":
@@ -179,6 +181,14 @@ def _check(options: TrainOptions) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise UserError(f"{_option(name)} is {value}; give {least} to {most}.")
+
+
+def _check_source(path: Path, options: TrainOptions) -> None:
+    """Refuse a source that is not there before anybody waits for torch; a run that has begun needs it no longer."""
+    from snowmelt.data.source import source_kind
+
+    if options.source is not None and not options.source.startswith("builtin:") and not (path / "config.toml").exists():
+        source_kind(Path(options.source))
 
 
 def _option(name: str) -> str:

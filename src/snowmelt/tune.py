@@ -41,7 +41,7 @@ JUDGED, REAL = 256, 2000
 """Pictures drawn with each candidate, and training pictures, between which the distance is measured."""
 USUAL = ("dpmpp_2m", "unipc")
 """Samplers whose usual levels are candidates, beside those of the sampler that draws when nothing is asked for."""
-LARGEST_BATCH, LARGE = 64, 64
+LARGEST_BATCH, LARGE = 32, 64
 """Pictures drawn at once, up to this size; fewer of larger ones, whose trajectories would not fit into memory."""
 SHIFTS = (0.3, -0.3)
 """Shares of the way to a neighbour by which a level is moved, to see whether that is better."""

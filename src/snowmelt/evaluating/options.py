@@ -76,7 +76,7 @@ class EvaluateOptions:
     """Decides the noise; what happens to a picture does not depend on what is measured beside it."""
     processes: int = 0
     """That draw side by side, sharing the cores; 0: as many as are worth starting, or one on a GPU."""
-    batch: int = 64
+    batch: int = 32
     """Pictures at once."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
