@@ -100,7 +100,7 @@ def whole_run(tmp_path_factory) -> Path:
         run.append_metrics({**line, **levels, "KL bits": 0.1, "held_out_loss": 2.0 / step, "train_loss": 1.9 / step})
         grey(step).save(run.folder("previews") / f"{step:09d}.png")
     run.append_metrics({"step": 80, "images": 5120, "alarm": "memorization", "text": f"By heart, {HOSTILE}."})
-    run.write_status("finished", step=80, horizon=80, images=5120, seconds=125.0)
+    run.write_status("finished", step=80, horizon=80, images=5120, seconds=125.0, forecast="Half as much again.")
     for name in ("grid", "strip", "reconstructions"):
         grey(90).save(path / f"{name}.png")
     grey(120).save(run.folder("samples") / "seed0-00000.png")
@@ -131,7 +131,7 @@ def test_the_page_holds_what_the_run_holds(page, whole_run):
         "|18 pictures used|1 files skipped|7.31|6.90 to 7.70|1.25|Too few pictures for it.|2.1 %|1.2 to 3.5 %|0.137"
         "|An encoder trained on the folder.|mirrored|DINOv2: its weights are not here.|3.46|± 0.012|KL bits"
         "|It began to learn pictures by heart|90.0 %|500 / 400|60 ms for each|4.0 %|drawn with sampler ddim, steps 50"
-        "|Held-out pictures, and what the model makes"
+        "|Held-out pictures, and what the model makes|Half as much again."
     )
     for words in told.split("|"):
         assert words in text, words

@@ -21,6 +21,7 @@ from snowmelt.models.diffusion import DiffusionLearner
 from snowmelt.presets import SMALLEST_BATCH, facts_of, preset
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, resolve, train
+from snowmelt.training import session
 
 QUICK = ("--precision", "fp32", "--config")
 
@@ -51,8 +52,9 @@ def start(source: Path, out: Path, small: Path, *more: str) -> int:
     return cli(["train", str(source), "--out", str(out), *QUICK, str(small), *more])
 
 
-def test_a_run_tells_its_story(pictures, small, tmp_path):
+def test_a_run_tells_its_story(pictures, small, tmp_path, monkeypatch):
     out = tmp_path / "run"
+    monkeypatch.setattr(session, "outlook", lambda curve, updates: f"{curve[-1][0]} images in {updates} updates.")
     assert start(pictures, out, small, "--steps", "30") == 0
     run = Run.open(out)
     assert run.status()["state"] == "finished" and run.status()["step"] == 30
@@ -64,6 +66,9 @@ def test_a_run_tells_its_story(pictures, small, tmp_path):
     for name in ("curves.png", "grid.png", "strip.png", "previews/000000030.png"):
         Image.open(out / name).verify()
     assert "Held-out loss" in (out / "report.md").read_text()
+    assert all(
+        "480 images in 30 updates." in (out / name).read_text() for name in ("report.md", "log.txt", "status.json")
+    )
     assert "Precision" not in (out / "log.txt").read_text(), "an asked-for precision is not measured"
 
 

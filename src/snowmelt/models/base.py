@@ -77,10 +77,12 @@ class Model(nn.Module, abc.ABC):
     Attributes:
         precision: where and in which number format it computes.
         at_once: whether pictures are made in a single step, so that no setting of a `Drawing` applies.
+        foreseen: whether the course of its held-out loss says what longer training would bring.
     """
 
     precision: Precision
     at_once: ClassVar[bool] = False
+    foreseen: ClassVar[bool] = False
 
     @abc.abstractmethod
     def sample(self, noise: NoiseSource, labels: Labels | None, drawing: Drawing) -> Iterator[Step]:

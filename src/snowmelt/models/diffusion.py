@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,8 @@ class Asked:
 
 class DiffusionModel(Model):
     """A denoiser with the schedule it was trained on."""
+
+    foreseen: ClassVar[bool] = True
 
     def __init__(self, config: Config, precision: Precision) -> None:
         super().__init__()

@@ -98,7 +98,7 @@ def _about(files: list[Path], shown: list[tuple[Path, Embedded]]) -> str:
 
 
 def course(run: Run) -> str:
-    """Losses, held-out errors, learning rate, speed and memory."""
+    """Losses, held-out errors, learning rate, speed and memory; what more time is expected to bring."""
     metrics = run.metrics()
     panels = [panel for panel in (*_losses(metrics), *_errors(metrics), *_others(metrics), *_machine(metrics)) if panel]
     if not panels:
@@ -107,7 +107,9 @@ def course(run: Run) -> str:
         f'<figure class="chart">{svg(chart, f"course{index}", chart.title)}<figcaption>{words}</figcaption></figure>'
         for index, (chart, words) in enumerate(panels)
     )
-    return f'<div class="charts wide">{charts}</div>{_last(metrics)}'
+    forecast = run.status().get("forecast")
+    words = f"<p>{plain(forecast)}</p>" if isinstance(forecast, str) else ""
+    return f'<div class="charts wide">{charts}</div>{words}{_last(metrics)}'
 
 
 Panel = tuple[Chart, str]

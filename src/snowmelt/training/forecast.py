@@ -1,6 +1,9 @@
-"""What a run is going to do, said before it does it."""
+"""What a run is going to do, said before it does it, and what a longer one would bring, said after it."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -12,6 +15,13 @@ from snowmelt.training.watch import DRAWING, WATCH_SHARE
 
 TRAINED = 0.9
 """Share of the time that is trained; the rest goes to starting, previews and the final pictures."""
+MIDDLE = (0.3, 0.75)
+"""Shares of the images between which a run must have been measured, so that its last doubling is known."""
+LASTING = (0.4, 1.0)
+"""What part of the gain of its last doubling a run gains by the next: docs/recipe.md. The learning rate falls to 0 in
+every run, which lowers the loss once and not once more."""
+LEAST = 200
+"""Updates of a run that says what twice the time would bring: shorter ones gained more than it would have said."""
 
 
 def plan_table(config: Config, images_per_second: float | None) -> Table:
@@ -61,3 +71,39 @@ def updates_of(config: Config, speed: float | None) -> str:
     times = images / config.data.pictures if config.data.pictures else 0.0
     passes = f", {times:,.0f} times each picture" if times >= 10 else f", {times:.2g} times each picture"
     return f"about {updates:,} of {training.batch} images: {images:,}{time}{passes if times else ''}"
+
+
+def outlook(curve: Sequence[tuple[int, float]], updates: int) -> str | None:
+    """What twice the time is expected to bring a run of so many updates, in a sentence; see `gain_of_doubling`."""
+    found = gain_of_doubling(curve) if updates >= LEAST else None
+    if found is None:
+        return None
+    low, high = (round(100 * share) for share in found)
+    if found[1] <= 0:
+        return (
+            "Twice the time is expected to bring nothing: the held-out loss no longer falls. More pictures would help."
+        )
+    expected = "less than 1" if not high else f"about {high}" if low == high else f"{low} to {high}"
+    return f"Twice the time is expected to lower the held-out loss by {expected} %."
+
+
+def gain_of_doubling(curve: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
+    """The shares of its last held-out loss between which a run of twice the images is expected to lower it.
+
+    Args:
+        curve: images and held-out loss at moments of a finished run, by rising images.
+
+    Returns:
+        (0, 0) where the loss no longer falls; None where it was not measured at about half of the images.
+    """
+    points = [(images, loss) for images, loss in curve if images > 0 and 0 < loss < math.inf]
+    if not points:
+        return None
+    images, loss = points[-1]
+    middle = [(seen, then) for seen, then in points if MIDDLE[0] * images <= seen <= MIDDLE[1] * images]
+    if not middle:
+        return None
+    seen, then = min(middle, key=lambda point: abs(math.log(2 * point[0] / images)))
+    drop = math.log(then / loss) * math.log(2) / math.log(images / seen)
+    low, high = (-math.expm1(-part * max(0.0, drop)) for part in LASTING)
+    return low, high

@@ -12,8 +12,12 @@ from snowmelt.terminal import words_of
 from snowmelt.training.progress import Progress
 
 
-def write_report(run: Run, progress: Progress, pictures: list[Path]) -> Path:
-    """Write `report.md` into the run and return its path."""
+def write_report(run: Run, progress: Progress, pictures: list[Path], forecast: str | None) -> Path:
+    """Write `report.md` into the run and return its path.
+
+    Args:
+        forecast: what more time would bring, where that is known.
+    """
     config, lines = run.config, run.metrics()
     data, training = config.data, config.training
     final = next((line for line in reversed(lines) if "held_out_loss" in line), {})
@@ -26,6 +30,7 @@ def write_report(run: Run, progress: Progress, pictures: list[Path]) -> Path:
         "Speed": f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s in {training.precision}" if speeds else "-",
         "Skipped updates": f"{progress.skipped}, {progress.rollbacks} rollbacks",
         "Held-out loss": f"{final.get('held_out_loss', float('nan')):.4f}",
+        "Forecast": forecast or "-",
     } | {f"Alarm: {line['alarm']}": line["text"] for line in lines if "alarm" in line}
     parts = [f"# {run.path.name}", "", "| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
     parts += ["", "## Pictures", "", *(f"![{path.stem}]({os.path.relpath(path, run.path)})" for path in pictures)]

@@ -23,6 +23,7 @@ from snowmelt.presets import threads_for
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 from snowmelt.terminal import Log
+from snowmelt.training.forecast import outlook
 from snowmelt.training.loop import Session, fit, groups_of, not_written, restore, stopped
 from snowmelt.training.plan import Plan
 from snowmelt.training.progress import Progress
@@ -156,9 +157,13 @@ def _train(session: Session, progress: Progress) -> Path:
     finally:
         session.stream.close()
     progress.elapsed = time.monotonic() - session.started
-    report = write_report(run, progress, files)
-    about = {"seconds": round(progress.elapsed, 1), "parameters": session.learner.parameters}
+    measured = [(line["images"], line["held_out_loss"]) for line in run.metrics() if "held_out_loss" in line]
+    forecast = outlook(measured, progress.step) if session.learner.model.foreseen else None
+    report = write_report(run, progress, files, forecast)
+    about = {"seconds": round(progress.elapsed, 1), "parameters": session.learner.parameters, "forecast": forecast}
     run.write_status("finished", step=progress.step, images=progress.images, **about)
     for file in files:
         log(f"Wrote {file}")
+    if forecast:
+        log(forecast)
     return report
