@@ -153,6 +153,15 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
+ROOM = 0.25
+"""Share of a GPU's free memory that the training pictures may take."""
+
+
+def has_room(device: torch.device, needed: int) -> bool:
+    """Whether so many bytes of pictures may stay on the device all the time; never on one without its own memory."""
+    return device.type == "cuda" and needed <= ROOM * torch.cuda.mem_get_info(device)[0]
+
+
 def memory_in_use(device: torch.device) -> int:
     """Bytes: of the GPU's memory where there is one, else the process's largest resident size."""
     if device.type == "cuda":

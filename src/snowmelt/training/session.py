@@ -14,7 +14,7 @@ from snowmelt.config import Config
 from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch, Stream
 from snowmelt.data.workers import cores
-from snowmelt.device import DTYPES, Precision, faster_precision, make_precision, pick_device
+from snowmelt.device import DTYPES, Precision, faster_precision, has_room, make_precision, pick_device
 from snowmelt.ema import Average
 from snowmelt.errors import Stopped, UserError
 from snowmelt.models import build_learner
@@ -127,6 +127,7 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
         flip=config.training.flip,
         workers=here.workers,
         device=device,
+        resident=has_room(device, len(data.train) * data.images[0].nbytes),
     )
     watch = Watch(run, log, plan, learner, average, data, device, stop)
     session = Session(run, learner, average, stream, plan, watch, log, stop, device, here.save_every, started)
