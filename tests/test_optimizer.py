@@ -80,6 +80,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name):
     assert not optimizer.tensors()
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_device_that_is_not_waited_for_steps_alike(name):
+    """Also over updates that are not finite, by gradient or by loss, the first among them: they leave no trace."""
+    config, zero = TrainingConfig(optimizer=name), torch.zeros(())
+    seen, unseen = network(), network()
+    one, two = Optimizer(seen, config), Optimizer(unseen, config)
+    for number in range(4):
+        backward(unseen, 9)
+        if number % 2:
+            unseen.conv_in.weight.grad[0, 0, 0, 0] = float("inf")
+        assert not two.step_unseen(1e-2, zero if number % 2 else zero / 0)
+        backward(seen, number)
+        backward(unseen, number)
+        assert one.step(1e-3) and two.step_unseen(1e-3, zero)
+    assert all(torch.equal(a, b) for a, b in zip(seen.parameters(), unseen.parameters(), strict=True))
+    assert all(torch.equal(value, two.tensors()[key]) for key, value in one.tensors().items())
+    assert one.tensors().keys() == two.tensors().keys()
+
+
 def test_muon_is_that_of_torch():
     """Ten steps beside `torch.optim.Muon`, which rounds to bfloat16 (0.4 %) in every product of five iterations."""
     rng = torch.Generator().manual_seed(3)

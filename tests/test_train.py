@@ -135,6 +135,41 @@ def test_non_finite_steps_are_skipped_then_rolled_back(pictures, small, tmp_path
             assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.parametrize(("poisoned", "rollbacks"), [((), 0), ((5,), 0), ((5, 12, 13, 14), 1)])
+def test_a_device_that_is_not_waited_for_trains_alike(pictures, small, tmp_path, monkeypatch, poisoned, rollbacks):
+    """As on a GPU, which is asked only now and then whether updates were finite; the same run comes of it."""
+    honest, init = DiffusionLearner.update, DiffusionLearner.__init__
+    calls = dict.fromkeys(("waits", "lags"), 0)
+
+    def update(self, batch, rng, learning_rate):
+        calls["waits" if self.waits else "lags"] += 1
+        if calls["waits" if self.waits else "lags"] in poisoned:
+            batch = batch._replace(images=batch.images * math.nan)
+        return honest(self, batch, rng, learning_rate)
+
+    monkeypatch.setattr(DiffusionLearner, "update", update)
+    assert start(pictures, tmp_path / "waits", small, "--steps", "40") == 0
+    monkeypatch.setattr(
+        DiffusionLearner, "__init__", lambda self, model: (init(self, model), setattr(self, "waits", 0))[0]
+    )
+    assert start(pictures, tmp_path / "lags", small, "--steps", "40") == 0
+    assert calls["lags"] >= 40
+    states, weights, lines = [], [], []
+    for name in ("waits", "lags"):
+        run = Run.open(tmp_path / name)
+        newest = run.newest_checkpoint()
+        state = checkpoint.read_state(newest)
+        states.append([state[key] for key in ("step", "images", "skipped", "rollbacks", "in_a_row")])
+        weights.append({part: checkpoint.load(newest, part) for part in ("weights", "average", "optimizer")})
+        lines.append([(line["step"], line["loss"]) for line in run.metrics() if "loss" in line])
+        assert ("Step 5 was skipped" in (run.path / "log.txt").read_text()) == bool(poisoned)
+    assert states[0] == states[1] == [40, 40 * 16, len(poisoned), rollbacks, 0]
+    assert lines[0] == lines[1] and len(lines[0]) == 40 - (poisoned == (5,))
+    for part, tensors in weights[0].items():
+        if (part, poisoned) != ("average", (5,)):  # there the weights count once more, where the CPU left them out
+            assert all(torch.equal(value, weights[1][part][name]) for name, value in tensors.items()), part
+
+
 def test_a_run_that_never_recovers_says_so(pictures, small, tmp_path, monkeypatch, capsys):
     honest = DiffusionLearner.update
 

@@ -6,7 +6,7 @@ The training loop, the verbs and the previews know only these, so they have no b
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -138,9 +138,9 @@ def count_parameters(*modules: nn.Module) -> int:
 class Update(NamedTuple):
     """What one step of a learner did."""
 
-    losses: dict[str, float]
-    """By name; "loss" is the one that is shown."""
-    finite: bool
+    losses: Mapping[str, float | Tensor]
+    """By name; "loss" is the one that is shown. A tensor is on a GPU, which has perhaps not made it yet."""
+    finite: bool | Tensor
     """False when a loss or gradient was not finite; the weights were then left as they were."""
 
 

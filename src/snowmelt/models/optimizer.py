@@ -62,17 +62,34 @@ class Optimizer:
         """Clip the gradients and step; if their norm is not finite leave every weight as it is and return False."""
         return step_together([self], learning_rate)
 
+    def step_unseen(self, learning_rate: float, loss: Tensor) -> Tensor:
+        """The same, without waiting for the device: it finds out itself whether `loss` and gradients are finite."""
+        finite = torch.isfinite(self._clipped() + loss.detach())
+        self.move(learning_rate, found_inf=(~finite).float())
+        self.module.zero_grad(set_to_none=True)
+        return finite
+
+    def _clipped(self) -> Tensor:
+        """Clip the gradients; their norm before."""
+        return nn.utils.clip_grad_norm_(self.module.parameters(), self.clip, foreach=True)
+
     def clip_gradients(self) -> bool:
         """Clip the gradients; whether their norm is finite."""
-        return bool(torch.isfinite(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip, foreach=True)))
+        return bool(torch.isfinite(self._clipped()))
 
-    def move(self, learning_rate: float) -> None:
-        """Update the weights by the gradients as they are."""
+    def move(self, learning_rate: float, *, found_inf: Tensor | None = None) -> None:
+        """Update the weights by the gradients as they are.
+
+        Args:
+            found_inf: on the device, 1 to change nothing.
+        """
         for name, source in self.sources.items():
             self.updated[name].grad = None if source.grad is None else source.grad.flatten(1)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate
+            # The name by which torch's fused optimizers, and our Muon, are told.
+            part.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
             part.step()
 
     def tensors(self) -> dict[str, Tensor]:
