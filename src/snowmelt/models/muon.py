@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
             buffer = state["momentum_buffer"]
-            gradient = weight.grad if finite is None else torch.where(finite, weight.grad, 0)
+            gradient = weight.grad if finite is None else weight.grad.masked_fill(~finite, 0)
             buffer.lerp_(gradient, share)
             directions.append(gradient.lerp(buffer, momentum))
         stack = torch.stack(directions)
