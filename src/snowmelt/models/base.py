@@ -82,6 +82,11 @@ class Model(nn.Module, abc.ABC):
     precision: Precision
     at_once: ClassVar[bool] = False
 
+    @property
+    def compilable(self) -> nn.Module | None:
+        """The part that does nearly all of the work in training, where a compiler can make it faster."""
+        return None
+
     @abc.abstractmethod
     def sample(self, noise: NoiseSource, labels: Labels | None, drawing: Drawing) -> Iterator[Step]:
         """From noise to pictures; the `x0` of the last step is the result, in [-1, 1].

@@ -125,6 +125,11 @@ class DiffusionModel(Model):
         self.weaker: dict[str, Callable[[Labels | None], Denoise]] = {"no_class": lambda _labels: self.bind(None)}
         """What `Drawing.away_from` may name; an early state of the same model can be added."""
 
+    @property
+    def compilable(self) -> nn.Module:
+        """The backbone."""
+        return self.denoiser.backbone
+
     def bind(self, labels: Labels | None) -> Asked:
         """The denoiser with its class bound, computing in the run's precision; dropout is off."""
         self.eval()
