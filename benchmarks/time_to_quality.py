@@ -42,8 +42,6 @@ SMALL = {"block_out_channels": [64, 96, 128], "layers_per_block": 1}
 """Of `diffusers`' U-Net: 3.7 million parameters."""
 SCRIPT_BATCH = 16
 """The default of both scripts."""
-TRIAL = 10
-"""Updates that tell how many fit into the time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +69,7 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     import numpy as np
     import torch
 
+    from contest import train_for, updates_in
     from rivals import denoising_diffusion_pytorch, diffusers, diffusers_tuned
     from snowmelt.data.pixels import to_images
     from snowmelt.data.prepared import open_prepared
@@ -91,28 +90,20 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
             **SMALL,
         }
         make = diffusers_tuned if name.endswith("tuned") else partial(diffusers, bf16=name.endswith("bf16"))
-        trial = make(pictures, settings, SCRIPT_BATCH)
-        trial.step()
-        start = time.perf_counter()
-        for _ in range(TRIAL):
-            trial.step()
-        updates = int(seconds * TRIAL / (time.perf_counter() - start))
+        updates = updates_in(seconds, make(pictures, settings, SCRIPT_BATCH))
         rival = make(pictures, settings, SCRIPT_BATCH, updates=updates, seed=seed)
     else:
         rival = denoising_diffusion_pytorch(pictures, SCRIPT_BATCH, seed=seed)
-    steps, begin = 0, time.time()
-    while time.time() - begin < seconds:
-        rival.step()
-        steps += 1
+    steps = train_for(seconds, rival)
     parameters = sum(weight.numel() for weight in rival.module.parameters())
     return rival.finished(), {"images": steps * SCRIPT_BATCH, "parameters": parameters}
 
 
 def trained_snowmelt(data: Path, seconds: float, run: Path, seed: int) -> tuple[Denoise | None, dict[str, Any]]:
     """A run of `snowmelt train --for`; its denoiser is bound to classes later."""
-    words = ["train", str(data), "--for", f"{seconds:.0f}s", "--out", str(run), "--seed", str(seed)]
-    subprocess.run([sys.executable, "-m", "snowmelt", *words], check=True, capture_output=True)
-    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    from contest import train_snowmelt
+
+    status = train_snowmelt(data, seconds, run, seed)
     return None, {"images": status["images"], "parameters": status["parameters"]}
 
 
@@ -121,22 +112,19 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     import numpy as np
     import torch
 
+    from contest import drawn
     from snowmelt.data.pixels import to_images, to_pixels
     from snowmelt.data.prepared import open_prepared, spread_rows
     from snowmelt.device import Precision
-    from snowmelt.diffusion.grids import GRIDS
     from snowmelt.diffusion.noise import add_noise
-    from snowmelt.diffusion.samplers import SAMPLERS
-    from snowmelt.diffusion.schedules import cosine
     from snowmelt.evaluating.draw import Drawn
     from snowmelt.evaluating.options import EvaluateOptions
     from snowmelt.evaluating.quality import in_spaces, spaces_of
-    from snowmelt.evaluation.drawing import class_by_chance
     from snowmelt.models.base import Drawing
     from snowmelt.pictures import save_png, sheet
     from snowmelt.presets import facts_of
     from snowmelt.run import Run
-    from snowmelt.seeds import generator, noise_source
+    from snowmelt.seeds import generator
     from snowmelt.terminal import Log, console
 
     prepared = open_prepared(data)
@@ -166,30 +154,19 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
                 answer = bind(None)(x, log_snr)
                 squares += ((answer - images[part]) ** 2).flatten(1).mean(1).tolist()
             errors.append(sum(squares) / len(squares) * (1 + float(torch.tensor(level).exp())))
-        drawing, parts = Drawing(), []
-        sampler = SAMPLERS[drawing.sampler]
-        grid = GRIDS[sampler.grid](cosine, drawing.steps)
-        begin = time.perf_counter()
-        for start in range(0, options.samples, BATCH):
-            numbers = range(start, min(start + BATCH, options.samples))
-            source = noise_source([0] * len(numbers), numbers, tuple(images.shape[1:]))
-            chosen = [class_by_chance(facts, 0, number) for number in numbers] if facts.classes else []
-            walk = sampler(bind(torch.tensor(chosen) if chosen else None), source(0), grid, source)
-            *_, last = walk
-            parts.append(last.x0)
-        seconds = (time.perf_counter() - begin) / max(1, options.samples)
     found: dict[str, Any] = {"error": sum(errors) / len(errors), "errors": errors}
     if not options.samples:
         return found
-    drawn = torch.cat(parts)
+    usual = Drawing()
+    pictures, seconds = drawn(bind, facts, options.samples, sampler=usual.sampler, steps=usual.steps, batch=BATCH)
     log = Log(console(), options.out / "log.txt")
     spaces = spaces_of(prepared, EvaluateOptions(Path()), log)
-    pixels = to_pixels(drawn).numpy()
+    pixels = to_pixels(pictures).numpy()
     figures = in_spaces(spaces, prepared, Drawn(pixels, None, 0.0), seed=options.seed, names=("frechet",))
     return found | {
         "seconds_per_picture": seconds,
         "distances": {figure.space: [figure.value, figure.low, figure.high, figure.floor] for figure in figures},
-        "sheet": str(save_png(options.out / f"{time.time():.0f}.png", sheet(drawn[:64], 8))),
+        "sheet": str(save_png(options.out / f"{time.time():.0f}.png", sheet(pictures[:64], 8))),
     }
 
 
