@@ -55,6 +55,7 @@ def diffusers(
     updates: int = 100_000,
     bf16: bool = False,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Rival:
     """A step of examples/unconditional_image_generation/train_unconditional.py, with its defaults.
 
@@ -70,7 +71,7 @@ def diffusers(
     from torch.nn import functional
 
     torch.manual_seed(seed)
-    model = UNet2DModel(**settings)
+    model = UNet2DModel(**settings).to(device)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     noising = _ddpm()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
@@ -78,10 +79,10 @@ def diffusers(
     order = batches(pictures, batch)
 
     def step() -> None:
-        images = next(order)
+        images = next(order).to(device)
         noise = torch.randn_like(images)
-        times = torch.randint(0, 1000, (batch,))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        times = torch.randint(0, 1000, (batch,), device=device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             answer = model(noising.add_noise(images, noise, times), times).sample
             loss = functional.mse_loss(answer.float(), noise)
         loss.backward()

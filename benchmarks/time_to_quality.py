@@ -35,6 +35,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from snowmelt.models.base import Drawing
+
 LEVELS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 HELD_OUT = 256
 BATCH = 64
@@ -43,8 +45,6 @@ SMALL = {"block_out_channels": [64, 96, 128], "layers_per_block": 1}
 """Of `diffusers`' U-Net: 3.7 million parameters."""
 SCRIPT_BATCH = 16
 """The default of both scripts."""
-TRIAL = 10
-"""Updates that tell how many fit into the time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,14 @@ class Options:
 
 
 SCREENED = 64
-"""Pictures by which a rival's way to draw is chosen."""
+"""Pictures by which a rival's way to draw is chosen..."""
+OF_RIVALS = (
+    Drawing(sampler="dpmpp_2m"),
+    Drawing(sampler="unipc", schedule="linear"),
+    Drawing(sampler="ddim", steps=30, schedule="linear", spacing="time"),
+    Drawing(sampler="ddpm", steps=30, schedule="linear", spacing="time"),
+)
+"""...from these and that of Snowmelt."""
 
 Denoise = Callable[[Any, Any], Any]
 
@@ -75,6 +82,7 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     import numpy as np
     import torch
 
+    from contest import train_for, updates_in
     from rivals import denoising_diffusion_pytorch, diffusers, diffusers_tuned
     from snowmelt.data.pixels import to_images
     from snowmelt.data.prepared import open_prepared
@@ -95,28 +103,20 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
             **SMALL,
         }
         make = diffusers_tuned if name.endswith("tuned") else partial(diffusers, bf16=name.endswith("bf16"))
-        trial = make(pictures, settings, SCRIPT_BATCH)
-        trial.step()
-        start = time.perf_counter()
-        for _ in range(TRIAL):
-            trial.step()
-        updates = int(seconds * TRIAL / (time.perf_counter() - start))
+        updates = updates_in(seconds, make(pictures, settings, SCRIPT_BATCH))
         rival = make(pictures, settings, SCRIPT_BATCH, updates=updates, seed=seed)
     else:
         rival = denoising_diffusion_pytorch(pictures, SCRIPT_BATCH, seed=seed)
-    steps, begin = 0, time.time()
-    while time.time() - begin < seconds:
-        rival.step()
-        steps += 1
+    steps = train_for(seconds, rival)
     parameters = sum(weight.numel() for weight in rival.module.parameters())
     return rival.finished(), {"images": steps * SCRIPT_BATCH, "parameters": parameters}
 
 
 def trained_snowmelt(data: Path, seconds: float, run: Path, seed: int) -> tuple[Denoise | None, dict[str, Any]]:
     """A run of `snowmelt train --for`; its denoiser is bound to classes later."""
-    words = ["train", str(data), "--for", f"{seconds:.0f}s", "--out", str(run), "--seed", str(seed)]
-    subprocess.run([sys.executable, "-m", "snowmelt", *words], check=True, capture_output=True)
-    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    from contest import train_snowmelt
+
+    status = train_snowmelt(data, seconds, run, seed)
     return None, {"images": status["images"], "parameters": status["parameters"]}
 
 
@@ -125,25 +125,21 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     import numpy as np
     import torch
 
+    from contest import drawn
     from snowmelt.data.pixels import to_images, to_pixels
     from snowmelt.data.prepared import open_prepared, spread_rows
     from snowmelt.device import Precision
-    from snowmelt.diffusion.grids import GRIDS
     from snowmelt.diffusion.noise import add_noise
-    from snowmelt.diffusion.samplers import SAMPLERS
-    from snowmelt.diffusion.schedules import SCHEDULES
     from snowmelt.evaluating.draw import Drawn
     from snowmelt.evaluating.options import EvaluateOptions
     from snowmelt.evaluating.quality import in_spaces, spaces_of
-    from snowmelt.evaluation.drawing import class_by_chance
     from snowmelt.evaluation.features import real_features
     from snowmelt.evaluation.metrics import frechet_of
     from snowmelt.evaluation.neighbours import Pair
-    from snowmelt.models.base import Drawing
     from snowmelt.pictures import save_png, sheet
     from snowmelt.presets import facts_of
     from snowmelt.run import Run
-    from snowmelt.seeds import generator, noise_source
+    from snowmelt.seeds import generator
     from snowmelt.terminal import Log, console
 
     prepared = open_prepared(data)
@@ -176,48 +172,26 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     found: dict[str, Any] = {"error": sum(errors) / len(errors), "errors": errors}
     if not options.samples:
         return found
-
-    @torch.no_grad()
-    def draw(drawing: Drawing, count: int) -> torch.Tensor:
-        """(count, channels, size, size), the same pictures whatever the count."""
-        parts: list[torch.Tensor] = []
-        sampler = SAMPLERS[drawing.sampler]
-        grid = GRIDS[drawing.spacing or sampler.grid](SCHEDULES[drawing.schedule or "cosine"], drawing.steps)
-        for start in range(0, count, BATCH):
-            numbers = range(start, min(start + BATCH, count))
-            source = noise_source([0] * len(numbers), numbers, tuple(images.shape[1:]))
-            chosen = [class_by_chance(facts, 0, number) for number in numbers] if facts.classes else []
-            *_, last = sampler(bind(torch.tensor(chosen) if chosen else None), source(0), grid, source)
-            parts.append(last.x0)
-        return torch.cat(parts)
-
     log = Log(console(), options.out / "log.txt")
     spaces = spaces_of(prepared, EvaluateOptions(Path()), log)
     ways = {Drawing(): float("nan")}
     if run is None:
         *_, random = spaces
         real = real_features(random, prepared, spread_rows(prepared.train, 2000))
-        ways |= {
-            Drawing(sampler="dpmpp_2m"): 0.0,
-            Drawing(sampler="unipc", schedule="linear"): 0.0,
-            Drawing(sampler="ddim", steps=30, schedule="linear", spacing="time"): 0.0,
-            Drawing(sampler="ddpm", steps=30, schedule="linear", spacing="time"): 0.0,
-        }
+        ways |= dict.fromkeys(OF_RIVALS, float("nan"))
         for way in ways:
-            seen = random.features(to_pixels(draw(way, SCREENED)).numpy())
-            ways[way] = frechet_of(Pair(real, seen))
+            seen, _ = drawn(bind, facts, way, SCREENED, batch=BATCH)
+            ways[way] = frechet_of(Pair(real, random.features(to_pixels(seen).numpy())))
     best = min(ways, key=lambda way: ways[way])
-    begin = time.perf_counter()
-    drawn = draw(best, options.samples)
-    seconds = (time.perf_counter() - begin) / options.samples
-    pixels = to_pixels(drawn).numpy()
+    pictures, seconds = drawn(bind, facts, best, options.samples, batch=BATCH)
+    pixels = to_pixels(pictures).numpy()
     figures = in_spaces(spaces, prepared, Drawn(pixels, None, 0.0), seed=options.seed, names=("frechet",))
     return found | {
         "seconds_per_picture": seconds,
         "way": best.as_dict(),
         "ways": [[way.as_dict(), distance] for way, distance in ways.items()],
         "distances": {figure.space: [figure.value, figure.low, figure.high, figure.floor] for figure in figures},
-        "sheet": str(save_png(options.out / f"{time.time():.0f}.png", sheet(drawn[:64], 8))),
+        "sheet": str(save_png(options.out / f"{time.time():.0f}.png", sheet(pictures[:64], 8))),
     }
 
 

@@ -69,6 +69,13 @@ def test_defaults_need_not_be_written(tmp_path):
     assert read_config(written(tmp_path, "[data]\nsize = 8\nchannels = 1\n")) == Config(DataConfig(8, 1))
 
 
+def test_a_file_from_before_a_gpu_chose_is_read(tmp_path):
+    """It says nothing of layout and compiler: all was computed in the default way."""
+    lines = [line for line in to_toml(FULL).splitlines() if not line.startswith(("layout", "compile"))]
+    read = read_config(written(tmp_path, "\n".join(lines)))
+    assert read.training == FULL.training and (read.training.layout, read.training.compile) == ("default", False)
+
+
 def test_an_unknown_key_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match="unknown key 'leaning_rate'; did you mean 'learning_rate'"):
         read_config(changed(tmp_path, "learning_rate =", "leaning_rate ="))
@@ -84,6 +91,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
         ("seconds = 1234.5", 'seconds = "long"', "training.seconds"),
         ("size = 24\nchannels = 3", "channels = 3", "data.size"),
         ("groups = 8", "groups = 5", "multiples of network.groups 5"),
+        ('layout = "default"', 'layout = "last"', "training.layout"),
     ],
 )
 def test_values_that_do_not_fit_are_named(tmp_path, old, new, named):

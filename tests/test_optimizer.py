@@ -3,11 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from snowmelt.config import TrainingConfig, UNetConfig
+from snowmelt.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from snowmelt.data.stream import Batch
+from snowmelt.device import Precision
+from snowmelt.ema import Average
+from snowmelt.models import build_learner
 from snowmelt.models.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonal
 from snowmelt.models.optimizer import Optimizer
 from snowmelt.networks.unet import UNet
+from snowmelt.seeds import generator
 
 
 def network() -> UNet:
@@ -78,6 +84,54 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name):
     assert not optimizer.step(1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     assert not optimizer.tensors()
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_device_that_is_not_waited_for_steps_alike(name):
+    """Also over updates that are not finite, by gradient or by loss, the first among them: they leave no trace."""
+    config, zero = TrainingConfig(optimizer=name), torch.zeros(())
+    seen, unseen = network(), network()
+    one, two = Optimizer(seen, config), Optimizer(unseen, config)
+    for number in range(4):
+        backward(unseen, 9)
+        if number % 2:
+            unseen.conv_in.weight.grad[0, 0, 0, 0] = float("inf")
+        assert not two.step_unseen(1e-2, zero if number % 2 else zero / 0)
+        backward(seen, number)
+        backward(unseen, number)
+        assert one.step(1e-3) and two.step_unseen(1e-3, zero)
+    assert all(torch.equal(a, b) for a, b in zip(seen.parameters(), unseen.parameters(), strict=True))
+    assert all(torch.equal(value, two.tensors()[key]) for key, value in one.tensors().items())
+    assert one.tensors().keys() == two.tensors().keys()
+
+
+class Fetched(TorchDispatchMode):
+    """Counts the numbers that are fetched from tensors: a device would be waited for each time."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weight", ["constant", "learned"])
+def test_a_device_that_is_not_waited_for_is_never_waited_for(weight):
+    config = Config(
+        DataConfig(8, 1, ("a", "b")),
+        network=UNetConfig(channels=(16, 16), attention=(False, True), dropout=0.1),
+        diffusion=DiffusionConfig(weight=weight),
+        training=TrainingConfig(),
+    )
+    learner = build_learner(config, Precision(torch.device("cpu"), "bf16"))
+    average, batch = Average(learner.averaged, 0.1), Batch(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]))
+    for waits in (True, False):
+        learner.waits = waits
+        for step in (1, 2):
+            with Fetched() as fetched:
+                learner.update(batch, generator(0, "train", step), 1e-3)
+                average.update(step)
+            assert bool(fetched.count) == waits
 
 
 def test_muon_is_that_of_torch():

@@ -13,6 +13,7 @@ from torch import Tensor
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch, Stream
+from snowmelt.device import has_room
 
 COUNT, HELD_OUT = 23, (3, 11, 12)
 TRAIN = [row for row in range(COUNT) if row not in HELD_OUT]
@@ -37,8 +38,11 @@ def data() -> Prepared:
     )
 
 
-def stream(data: Prepared, *, batch: int = 6, seed: int = 0, flip: bool = False, workers: int = 0) -> Stream:
-    return Stream(data, batch=batch, seed=seed, flip=flip, workers=workers, device=torch.device("cpu"))
+def stream(
+    data: Prepared, *, batch: int = 6, seed: int = 0, flip: bool = False, workers: int = 0, resident: bool = False
+) -> Stream:
+    cpu = torch.device("cpu")
+    return Stream(data, batch=batch, seed=seed, flip=flip, workers=workers, device=cpu, resident=resident)
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -74,6 +78,23 @@ def test_a_batch_is_a_function_of_its_step(data, workers):
         assert all(same(asked.at(step), expected[step]) for step in wanted)
     finally:
         asked.close()
+
+
+@pytest.mark.parametrize("batch", [1, 6, 20, 47])
+def test_where_the_pictures_are_kept_changes_no_batch(data, batch):
+    """Also one that spans three epochs, and without classes."""
+    for some in (data, replace(data, labels=None, classes=())):
+        plain, there = stream(some, batch=batch, flip=True), stream(some, batch=batch, flip=True, resident=True)
+        for step in [0, 1, 2, 3, 9, 2, 100, 41]:
+            one, other = plain.at(step), there.at(step)
+            assert torch.equal(one.images, other.images) and one.images.is_contiguous() == other.images.is_contiguous()
+            assert some.labels is None or same(one, other)
+
+
+def test_a_gpu_keeps_pictures_that_leave_room_for_the_rest(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (4000, 9000))
+    assert [has_room(torch.device("cuda"), needed) for needed in (1000, 1001)] == [True, False]
+    assert not has_room(torch.device("cpu"), 1)
 
 
 def test_the_seed_decides_the_order(data):

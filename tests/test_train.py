@@ -95,6 +95,76 @@ def test_short_times_have_small_batches_unless_asked(small):
     assert resolve(data, options, {}, images=5_000).training.batch == SMALLEST_BATCH
 
 
+def test_only_a_gpu_with_time_has_a_larger_network():
+    """A CPU keeps the network that was measured, however long it trains."""
+    data = DataConfig(32, 3, pictures=50_000)
+    usual = preset(data, "diffusion", images=10**6)
+    assert all(preset(data, "diffusion", images=images) == usual for images in (5 * 10**6, 10**9))
+    assert preset(data, "diffusion", images=4_999_999, gpu=True) == preset(data, "diffusion", gpu=True) == usual
+    large = preset(data, "diffusion", images=5 * 10**6, gpu=True)
+    assert large.network.channels == (128, 256, 256) and large.training.batch == 512
+    assert large.training.learning_rate < usual.training.learning_rate
+    assert preset(DataConfig(8, 1), "diffusion", images=10**9, gpu=True).network.channels == (32, 64)
+    assert preset(data, "vae", images=10**9, gpu=True) == preset(data, "vae", images=10**9)
+
+
+@pytest.mark.parametrize(
+    ("large", "said", "measurements"),
+    [
+        (5000.0, "a larger one, which sees 3,000,000 images", 2),
+        (500.0, "a larger one would see 300,000 images", 3),
+        (None, "a larger one cannot be trained: OutOfMemoryError: CUDA out of memory", 3),
+    ],
+)
+def test_a_larger_network_is_measured_before_it_is_chosen(
+    pictures, tmp_path, monkeypatch, capsys, large, said, measurements
+):
+    from snowmelt import device
+    from snowmelt.training import session
+
+    measured = []
+
+    def measure(config, **given):
+        measured.append(config.network.channels)
+        if len(config.network.channels) != 3:
+            raise AssertionError("the networks of 16 pixels have three sizes")
+        wide = config.network.channels[0] == 128
+        if wide and large is None:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return session.Measured("fp32", 1, large if wide else 20_000.0, "channels_last", True)
+
+    monkeypatch.setattr(session, "measure", measure)
+    monkeypatch.setattr(device, "is_gpu", lambda _device: True)
+    assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", "10m", "--plan"]) == 0
+    words = " ".join(capsys.readouterr().err.split())
+    assert said in words and "fp32, channels_last, compiled, 1 CPU threads" in words
+    assert len(measured) == measurements and (measured[-1][0] == 128) == (measurements == 2)
+
+
+def test_a_gpu_tries_layout_and_compiler_and_says_what_came_of_it(pictures, small, tmp_path, monkeypatch):
+    """The way a GPU goes, on a CPU that passes for one, without a compiler."""
+    from snowmelt import device
+    from snowmelt.training import session
+
+    def unable(*_given, **_named):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", unable)
+    for module in (device, session):
+        monkeypatch.setattr(module, "is_gpu", lambda _device: True)
+    monkeypatch.setattr(device, "LEAST_COMPILED", 0.0)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _name: None)
+    assert start(pictures, tmp_path / "run", small, "--steps", "3") == 0
+    log, config = (tmp_path / "run" / "log.txt").read_text(), Run.open(tmp_path / "run").config
+    assert "compiled: no (no compiler here)." in log and not config.training.compile
+    assert f"channels_last: {'yes' if config.training.layout == 'channels_last' else 'no'} (" in log
+    small.write_text(small.read_text() + 'compile = true\nlayout = "channels_last"\n')
+    assert start(pictures, tmp_path / "asked", small, "--steps", "3") == 0
+    log, config = (tmp_path / "asked" / "log.txt").read_text(), Run.open(tmp_path / "asked").config
+    assert (config.training.layout, config.training.compile) == ("channels_last", True), "what is asked for is kept"
+    assert "The network is not compiled (no compiler here)." in log and "channels_last: " not in log
+
+
 def test_six_pictures_train(small, tmp_path):
     """One is held out: its error is written, but a single one has no deviation, and nothing is beyond doubt."""
     (tmp_path / "few").mkdir()
@@ -138,6 +208,41 @@ def test_non_finite_steps_are_skipped_then_rolled_back(pictures, small, tmp_path
     for name in ("weights", "average"):
         for tensor in checkpoint.load(Run.open(out).newest_checkpoint(), name).values():
             assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize(("poisoned", "rollbacks"), [((), 0), ((5,), 0), ((5, 12, 13, 14), 1)])
+def test_a_device_that_is_not_waited_for_trains_alike(pictures, small, tmp_path, monkeypatch, poisoned, rollbacks):
+    """As on a GPU, which is asked only now and then whether updates were finite; the same run comes of it."""
+    honest, init = DiffusionLearner.update, DiffusionLearner.__init__
+    calls = dict.fromkeys(("waits", "lags"), 0)
+
+    def update(self, batch, rng, learning_rate):
+        calls["waits" if self.waits else "lags"] += 1
+        if calls["waits" if self.waits else "lags"] in poisoned:
+            batch = batch._replace(images=batch.images * math.nan)
+        return honest(self, batch, rng, learning_rate)
+
+    monkeypatch.setattr(DiffusionLearner, "update", update)
+    assert start(pictures, tmp_path / "waits", small, "--steps", "40") == 0
+    monkeypatch.setattr(
+        DiffusionLearner, "__init__", lambda self, model: (init(self, model), setattr(self, "waits", 0))[0]
+    )
+    assert start(pictures, tmp_path / "lags", small, "--steps", "40") == 0
+    assert calls["lags"] >= 40
+    states, weights, lines = [], [], []
+    for name in ("waits", "lags"):
+        run = Run.open(tmp_path / name)
+        newest = run.newest_checkpoint()
+        state = checkpoint.read_state(newest)
+        states.append([state[key] for key in ("step", "images", "skipped", "rollbacks", "in_a_row")])
+        weights.append({part: checkpoint.load(newest, part) for part in ("weights", "average", "optimizer")})
+        lines.append([(line["step"], line["loss"]) for line in run.metrics() if "loss" in line])
+        assert ("Step 5 was skipped" in (run.path / "log.txt").read_text()) == bool(poisoned)
+    assert states[0] == states[1] == [40, 40 * 16, len(poisoned), rollbacks, 0]
+    assert lines[0] == lines[1] and len(lines[0]) == 40 - (poisoned == (5,))
+    for part, tensors in weights[0].items():
+        if (part, poisoned) != ("average", (5,)):  # there the weights count once more, where the CPU left them out
+            assert all(torch.equal(value, weights[1][part][name]) for name, value in tensors.items()), part
 
 
 def test_a_run_that_never_recovers_says_so(pictures, small, tmp_path, monkeypatch, capsys):

@@ -305,6 +305,10 @@ class TrainingConfig:
     """Mirror half of the pictures."""
     seed: int = 0
     precision: str = "fp32"
+    layout: str = "default"
+    """Of pictures and kernels in memory: default (a channel after the other) or channels_last."""
+    compile: bool = False
+    """Whether a GPU computes the network compiled while it trains."""
     threads: int = 1
     """CPU threads of the arithmetic; part of the run, since other counts round differently."""
 
@@ -314,6 +318,7 @@ class TrainingConfig:
         _require("training", self, ("warmup", "weight_decay"), above=-1)
         if not 0 < self.average < 0.28:
             raise UserError(f"training.average is {self.average}; give a share between 0 and 0.28, such as 0.1.")
+        choose(dict.fromkeys(("default", "channels_last")), self.layout, "training.layout")
 
 
 FAMILIES: dict[str, tuple[str, ...]] = {"diffusion": ("network", "diffusion"), "vae": ("vae",), "gan": ("gan",)}

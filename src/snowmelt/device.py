@@ -1,12 +1,12 @@
-"""The only questions about hardware: which device, how many threads, which precision."""
+"""The only questions about hardware: which device, how many threads, which precision, layout and compiler."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,13 +15,19 @@ from snowmelt.errors import UserError, choose
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+LAYOUTS = {"default": torch.contiguous_format, "channels_last": torch.channels_last}
+
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and in which number format networks compute; weights and averages stay float32."""
+    """Where, in which number format and how networks compute; weights and averages stay float32."""
 
     device: torch.device
     name: str = "fp32"
+    layout: str = "default"
+    """A name of `LAYOUTS`: how pictures and kernels lie in memory."""
+    compiled: bool = False
+    """Whether the network is compiled for training, where it can be."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which a network computes in this precision."""
@@ -58,6 +64,11 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"There is no device {name!r} on this machine; use --device cpu or leave it out.") from error
     return torch.device(name)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether the device is a GPU for which layouts and the compiler are worth a try, and larger networks too."""
+    return device.type == "cuda"
 
 
 def make_precision(device: torch.device, name: str) -> Precision:
@@ -147,10 +158,145 @@ def faster_precision(
     return Speed(chosen, ratio, best[chosen])
 
 
+LEAST_COMPILED = 600.0
+"""Seconds of training from which on it may pay to wait for the compiler, which takes about a minute."""
+CHANGES: dict[str, dict[str, Any]] = {"layout": {"layout": "channels_last"}, "compile": {"compiled": True}}
+"""What is tried on a GPU beyond the precision, one after the other, by the key of [training] that keeps it."""
+
+
+def changes_for(device: torch.device, seconds: float) -> list[str]:
+    """Those of `CHANGES` that may pay on this device in a training of so many seconds; none on a CPU."""
+    if not is_gpu(device):
+        return []
+    return list(CHANGES) if seconds >= LEAST_COMPILED else ["layout"]
+
+
+class Tried(NamedTuple):
+    """What came of trying `CHANGES`."""
+
+    precision: Precision
+    """With those that pay."""
+    seconds: float
+    """Of a step with them, at best."""
+    reasons: list[str]
+    """For and against each, in words."""
+
+
+def improved(
+    plain: Precision,
+    step: Callable[[Precision], object],
+    *,
+    before: float,
+    changes: Iterable[str] = tuple(CHANGES),
+    seconds: float = 1.0,
+    gain: float = 1.03,
+) -> Tried:
+    """`plain` with those of `changes` that make a `step` faster; one that cannot be made here is left out.
+
+    Args:
+        before: seconds of a step without them.
+        seconds: to time each for, after a warm-up.
+        gain: how many times faster it must be, so that noise does not decide.
+    """
+    best, reasons = plain, list[str]()
+    for name in changes:
+        candidate = replace(best, **CHANGES[name])
+        words = "channels_last" if name == "layout" else "compiled"
+        try:
+            taken = time_of(candidate, step, seconds)
+        except Exception as error:
+            # Whatever a compiler, a driver or the memory has against it: training goes on without.
+            reasons.append(f"{words}: no ({reason_of(error)})")
+            continue
+        chosen = before / taken >= gain
+        reasons.append(f"{words}: {'yes' if chosen else 'no'} ({before / taken:.2f} times as fast)")
+        if chosen:
+            best, before = candidate, taken
+    return Tried(best, before, reasons)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error; compilers write pages."""
+    name, text = type(error).__name__, str(error).strip()
+    first = text.splitlines()[0][:200] if text else ""
+    return first if first and type(error) is RuntimeError else f"{name}: {first}" if first else name
+
+
+def time_of(precision: Precision, step: Callable[[Precision], object], seconds: float) -> float:
+    """Of a step, at best, after a warm-up."""
+    step(precision)
+    times, end = list[float](), time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        synchronize(precision.device)
+        start = time.perf_counter()
+        step(precision)
+        synchronize(precision.device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class Compiled:
+    """The forward pass of a network: compiled in training, whose batches have one size, and plain otherwise.
+
+    Plain, too, from the moment on that the compiler fails.
+    """
+
+    def __init__(self, network: nn.Module, failed: Callable[[str], object]) -> None:
+        self.network, self.plain, self.failed = network, network.forward, failed
+        self.fast: Callable[..., Any] | None = None
+        try:
+            self.fast = torch.compile(self.plain, dynamic=False)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.fast = None
+        self.failed(reason_of(error))
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """What `forward` says."""
+        if self.fast is None or not self.network.training:
+            return self.plain(*given, **named)
+        try:
+            return self.fast(*given, **named)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._give_up(error)
+            return self.plain(*given, **named)
+
+
+def compile_training(network: nn.Module, failed: Callable[[str], object]) -> None:
+    """Let `network` compute compiled while it trains; its weights keep their names, and its hooks are called.
+
+    Args:
+        failed: is told why, where it cannot be compiled; the network then computes as before.
+    """
+    network.forward = Compiled(network, failed)
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """Let a GPU multiply float32 matrices in TF32 (10 bits of mantissa), as it does in convolutions anyway.
+
+    Only training asks for it: what is left in float32 there is the small linear layers, or all in fp32.
+    """
+    if is_gpu(device):
+        torch.set_float32_matmul_precision("high")
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+ROOM = 0.25
+"""Share of a GPU's free memory that the training pictures may take."""
+
+
+def has_room(device: torch.device, needed: int) -> bool:
+    """Whether so many bytes of pictures may stay on the device all the time; never on one without its own memory."""
+    return device.type == "cuda" and needed <= ROOM * torch.cuda.mem_get_info(device)[0]
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -24,6 +24,27 @@ WIDTHS: tuple[tuple[int, UNetConfig], ...] = (
     (1024, UNetConfig(channels=(64, 96, 128), attention=(False, False, True), patch=4)),
 )
 
+PLENTIFUL: tuple[tuple[int, int, UNetConfig, TrainingConfig], ...] = (
+    # up to this size, from so many images on (those that the network above would see): the network and its training.
+    # None of these rows was measured, since no GPU was at hand: they are what is usual for CIFAR-10 and for 64 pixels
+    # on one GPU, with the learning rate of the rows above, which were measured, lowered with the size of the network.
+    (
+        40,
+        5_000_000,
+        UNetConfig(channels=(128, 256, 256), attention=(False, True, True), blocks=2, dropout=0.1),
+        TrainingConfig(batch=512, learning_rate=1e-3, warmup=500),
+    ),
+    (
+        80,
+        5_000_000,
+        UNetConfig(channels=(96, 192, 288, 384), attention=(False, False, True, True), blocks=2, dropout=0.1),
+        TrainingConfig(batch=256, learning_rate=1e-3, warmup=500),
+    ),
+)
+
+LEAST_PLENTIFUL = 1_000_000
+"""Images that such a network must see in the time, by measurement; else the smaller one is better."""
+
 GAN_WIDTHS: tuple[tuple[int, tuple[int, ...], int], ...] = (
     # up to this size: widths and patch. The smallest map is one of about 4 x 4 places, where parameters cost least.
     (12, (56, 96), 1),
@@ -149,17 +170,31 @@ _TRAINING: dict[str, Callable[[DataConfig, int | None], TrainingConfig]] = {
 }
 
 
-def preset(data: DataConfig, model: str, *, images: int | None = None) -> Config:
+def plentiful(data: DataConfig, images: int | None) -> tuple[UNetConfig, TrainingConfig] | None:
+    """The network and training of a GPU that sees so many images; None where they are too few for a larger network.
+
+    Tiny pictures stay with the small network, which has room for all there is to know of them.
+    """
+    smallest, _ = WIDTHS[0]
+    rows = (row for row in PLENTIFUL if smallest < data.size <= row[0])
+    _, least, network, training = next(rows, (0, math.inf, None, None))
+    return (network, training) if network and training and images is not None and images >= least else None
+
+
+def preset(data: DataConfig, model: str, *, images: int | None = None, gpu: bool = False) -> Config:
     """The whole configuration of a family of models for these pictures.
 
     Args:
         images: how many the training is going to see; None where that is not known.
+        gpu: whether it may be a network that a CPU is too slow for, however long it trains.
 
     Raises:
         UserError: there is no such family.
     """
-    training = choose(_TRAINING, model, "model")(data, images)
-    return Config(data, model, network_for(data), vae=vae_for(data), gan=gan_for(data), training=training)
+    network, training = network_for(data), choose(_TRAINING, model, "model")(data, images)
+    if gpu and model == "diffusion" and (larger := plentiful(data, images)) is not None:
+        network, training = larger
+    return Config(data, model, network, vae=vae_for(data), gan=gan_for(data), training=training)
 
 
 def threads_for(data: DataConfig, available: int) -> int:

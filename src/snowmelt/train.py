@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,11 +17,12 @@ import tyro
 from snowmelt import __version__
 from snowmelt.config import FAMILIES, Config, DataConfig, config_tables
 from snowmelt.errors import UserError, choose, nearest
-from snowmelt.presets import DEFAULT_SECONDS, check_length, check_size, facts_of, preset
+from snowmelt.presets import DEFAULT_SECONDS, LEAST_PLENTIFUL, check_length, check_size, facts_of, preset
 from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from snowmelt.data.prepared import Prepared
@@ -293,23 +295,54 @@ def _settled(
     """
     from snowmelt.data.prepared import is_prepared, open_prepared
     from snowmelt.device import pick_device
-    from snowmelt.training.session import measure
 
     source = Path(str(options.source))
     data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options, say)
     config = resolve(facts_of(data), options, overrides)
     check_size(config)
-    given = overrides["training"]
+    return _fitted(config, data, pick_device(options.device), options, overrides, log)
+
+
+def _fitted(
+    config: Config,
+    data: Prepared,
+    device: torch.device,
+    options: TrainOptions,
+    overrides: dict[str, dict[str, Any]],
+    log: Log,
+) -> tuple[Config, float | None]:
+    """`config` fitted to the device: see `_settled`. What a measurement changes is measured again."""
+    from snowmelt.device import is_gpu, reason_of
+    from snowmelt.training.session import measure
+
+    given, gpu = overrides["training"], is_gpu(device)
     asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
-    device = pick_device(options.device)
-    measured = measure(config, data, device, asked=asked, threads=given.get("threads"), log=log)
-    seconds, speed = config.training.seconds, measured.images_per_second
-    if seconds is not None and speed is not None:
-        chosen = resolve(facts_of(data), options, overrides, images=int(seconds * speed))
-        if chosen.training.batch != config.training.batch:
-            measured = measure(chosen, data, device, asked=measured.precision, threads=measured.threads, log=log)
-        config = chosen
-    return measured.settled(config), measured.images_per_second
+    ask = partial(measure, data=data, device=device, log=log, given=given)
+    seconds = config.training.seconds
+    # A GPU takes part in the choice of the network; until then it is only asked how fast it is as it is.
+    measured = ask(config, asked=asked, threads=given.get("threads"), thorough=seconds is None)
+    speed = measured.images_per_second
+    if seconds is None or speed is None:
+        return measured.settled(config), speed
+    again = partial(ask, asked=measured.precision, threads=measured.threads)
+    images, room = int(seconds * speed), gpu and not overrides.get("network")
+    chosen = resolve(facts_of(data), options, overrides, images=images, gpu=room)
+    if chosen.architecture != config.architecture:
+        try:
+            larger = again(chosen)
+            speed = larger.images_per_second or 0.0
+            if seconds * speed >= LEAST_PLENTIFUL:
+                log(f"Network: a larger one, which sees {seconds * speed:,.0f} images.")
+                return larger.settled(chosen), speed
+            reason = f"a larger one would see {seconds * speed:,.0f} images"
+        except RuntimeError as error:
+            # Of memory, mostly; the smaller network has just been trained a few steps.
+            reason = f"a larger one cannot be trained: {reason_of(error)}"
+        log(f"Network: the usual one ({reason}).")
+        chosen = resolve(facts_of(data), options, overrides, images=images)
+    if gpu or chosen.training.batch != config.training.batch:
+        measured = again(chosen)
+    return measured.settled(chosen), measured.images_per_second
 
 
 def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
@@ -352,17 +385,25 @@ def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
 
 
 def resolve(
-    data: DataConfig, options: TrainOptions, overrides: dict[str, dict[str, Any]], *, images: int | None = None
+    data: DataConfig,
+    options: TrainOptions,
+    overrides: dict[str, dict[str, Any]],
+    *,
+    images: int | None = None,
+    gpu: bool = False,
 ) -> Config:
     """The whole configuration: the preset for these pictures, overridden by what the person gave.
 
     Args:
         images: how many the machine can train on in the time given; None where that is not known.
+        gpu: see `preset`.
 
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
-    tables = config_tables(dataclasses.replace(preset(data, options.model, images=images), version=__version__))
+    tables = config_tables(
+        dataclasses.replace(preset(data, options.model, images=images, gpu=gpu), version=__version__)
+    )
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]

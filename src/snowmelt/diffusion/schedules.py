@@ -67,10 +67,17 @@ def table(betas: Sequence[float]) -> Schedule:
     return lambda time: interpolate(time, times, levels)
 
 
+@cache
+def _steps_of(betas: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rising levels and their steps, where they are asked for: a GPU would have to wait for them at every step."""
+    with torch.inference_mode(mode=False):
+        levels = _levels_of(betas).flip(0).to(device, dtype)
+        return levels, torch.arange(len(levels) - 1, -1, -1, dtype=torch.float64).to(device, dtype)
+
+
 def table_time(log_snr: Tensor, betas: tuple[float, ...]) -> Tensor:
     """The step 0, 1, ... of a table of betas that has this level, a fraction between steps, going on outside."""
-    levels = _levels_of(betas)
-    return interpolate(log_snr, levels.flip(0), torch.arange(len(levels) - 1, -1, -1, dtype=torch.float64))
+    return interpolate(log_snr, *_steps_of(betas, log_snr.device, log_snr.dtype))
 
 
 def ddpm_time(log_snr: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from snowmelt.config import Config
-from snowmelt.device import Precision
+from snowmelt.device import LAYOUTS, Precision
 from snowmelt.diffusion.denoiser import PREDICTS
 from snowmelt.diffusion.grids import GRIDS, MOST_STEPS, given_grid
 from snowmelt.diffusion.guidance import GUIDANCES, THRESHOLDS
@@ -53,7 +53,9 @@ def build_model(config: Config, precision: Precision) -> Model:
     """The model of a configuration, its first weights drawn from the run's seed, on the device of `precision`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.training.seed, "weights").initial_seed())
-        return choose(MODELS, config.model, "model").model(config, precision).to(precision.device)
+        model = choose(MODELS, config.model, "model").model(config, precision)
+    model = model.to(precision.device)
+    return model.to(memory_format=LAYOUTS[precision.layout])  # pyright: ignore  (torch leaves it out of its types)
 
 
 def build_learner(config: Config, precision: Precision) -> Learner:

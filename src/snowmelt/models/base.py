@@ -6,7 +6,7 @@ The training loop, the verbs and the previews know only these, so they have no b
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -84,6 +84,11 @@ class Model(nn.Module, abc.ABC):
     at_once: ClassVar[bool] = False
     foreseen: ClassVar[bool] = False
 
+    @property
+    def compilable(self) -> nn.Module | None:
+        """The part that does nearly all of the work in training, where a compiler can make it faster."""
+        return None
+
     @abc.abstractmethod
     def sample(self, noise: NoiseSource, labels: Labels | None, drawing: Drawing) -> Iterator[Step]:
         """From noise to pictures; the `x0` of the last step is the result, in [-1, 1].
@@ -140,9 +145,9 @@ def count_parameters(*modules: nn.Module) -> int:
 class Update(NamedTuple):
     """What one step of a learner did."""
 
-    losses: dict[str, float]
-    """By name; "loss" is the one that is shown."""
-    finite: bool
+    losses: Mapping[str, float | Tensor]
+    """By name; "loss" is the one that is shown. A tensor is on a GPU, which has perhaps not made it yet."""
+    finite: bool | Tensor
     """False when a loss or gradient was not finite; the weights were then left as they were."""
 
 

@@ -128,6 +128,11 @@ class DiffusionModel(Model):
         self.weaker: dict[str, Callable[[Labels | None], Denoise]] = {"no_class": lambda _labels: self.bind(None)}
         """What `Drawing.away_from` may name; an early state of the same model can be added."""
 
+    @property
+    def compilable(self) -> nn.Module:
+        """The backbone."""
+        return self.denoiser.backbone
+
     def bind(self, labels: Labels | None) -> Asked:
         """The denoiser with its class bound, computing in the run's precision; dropout is off."""
         self.eval()
@@ -199,6 +204,8 @@ class DiffusionLearner:
         self.weight = choose(WEIGHTS, self.config.diffusion.weight, "weight")
         self.learns_variance = self.config.diffusion.variance == "learned"
         self.optimizer = Optimizer(model, self.config.training)
+        self.waits = model.precision.device.type != "cuda"
+        """Whether each step is waited for, or only some: a GPU stands still while it is waited for."""
 
     @property
     def averaged(self) -> nn.Module:
@@ -225,12 +232,15 @@ class DiffusionLearner:
             losses, variance = self._losses(images, labels, drawn, noise)
         losses, doubt = losses.float(), self.model.uncertainty(drawn.log_snr)
         loss = (drawn.correction * (losses / doubt.exp() + doubt + variance)).mean()
-        value = (drawn.correction * losses).mean().item()
-        if not math.isfinite(value + loss.item()):
-            return Update({"loss": value}, finite=False)
+        value = (drawn.correction * losses).mean().detach()
+        if self.waits:
+            value = value.item()
+            if not math.isfinite(value + loss.item()):
+                return Update({"loss": value}, finite=False)
         loss.backward()
-        finite = self.optimizer.step(learning_rate)
-        if finite:
+        finite = self.optimizer.step(learning_rate) if self.waits else self.optimizer.step_unseen(learning_rate, loss)
+        # Levels that learn have something to keep; only they need to know at once.
+        if self.levels.tensors() and finite:
             self.levels.observe(drawn, losses)
         return Update({"loss": value}, finite)
 

@@ -59,7 +59,13 @@ def _polynomial(gram: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """See the module; all parameters are matrices."""
+    """See the module; all parameters are matrices.
+
+    Attributes:
+        found_inf: on the device, 1 for a gradient that is not finite: `step` then changes nothing. As in `torch.amp`.
+    """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[nn.Parameter], *, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(list(params), {"lr": 1e-3, "weight_decay": weight_decay, "momentum": momentum})
@@ -76,7 +82,14 @@ class Muon(torch.optim.Optimizer):
                 self._update(weights, group)
 
     def _update(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
-        rate, momentum = group["lr"], group["momentum"]
+        rate, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+        finite = None if self.found_inf is None else self.found_inf == 0
+        # What is 0 where the gradient is not finite; products of infinities would not be.
+        share, shrink = (
+            (1 - momentum, 1 - rate * decay)
+            if finite is None
+            else (finite * (1 - momentum), 1 - finite * (rate * decay))
+        )
         directions: list[Tensor] = []
         for weight in weights:
             assert weight.grad is not None
@@ -84,10 +97,13 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
             buffer = state["momentum_buffer"]
-            buffer.lerp_(weight.grad, 1 - momentum)
-            directions.append(weight.grad.lerp(buffer, momentum))
+            gradient = weight.grad if finite is None else weight.grad.masked_fill(~finite, 0)
+            buffer.lerp_(gradient, share)
+            directions.append(gradient.lerp(buffer, momentum))
         stack = torch.stack(directions)
         updates = orthogonal(stack.bfloat16() if stack.is_cuda else stack)
+        if finite is not None:
+            updates = updates * finite
         scale = rate * 0.2 * max(stack.shape[1:]) ** 0.5
         for weight, update in zip(weights, updates, strict=True):
-            weight.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-scale)
+            weight.mul_(shrink).add_(update, alpha=-scale)

@@ -27,6 +27,15 @@ def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in weights.items() if min(weight.flatten(1).shape) >= LEAST}
 
 
+def matrix_of(kernel: Tensor, like: Tensor) -> Tensor:
+    """(rows, columns) of a kernel, its columns in the order in which those of `like` lie in memory.
+
+    Another order of the columns changes nothing about the nearest orthogonal matrix but the order of its columns.
+    """
+    last = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return (kernel.permute(0, 2, 3, 1) if last else kernel).flatten(1)
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], dict[str, nn.Parameter]]] = {
     "muon": _matrices,
     "adamw": lambda _module: {},
@@ -45,7 +54,8 @@ class Optimizer:
         self.module, self.clip = module, config.clip
         self.sources = OPTIMIZERS[config.optimizer](module)
         # Muon takes matrices only: it is given views of the kernels that share their memory.
-        flat = {name: nn.Parameter(weight.data.flatten(1)) for name, weight in self.sources.items()}
+        flat = {name: nn.Parameter(matrix_of(weight.data, weight)) for name, weight in self.sources.items()}
+        assert all(flat[name].data_ptr() == weight.data_ptr() for name, weight in self.sources.items())
         rest = {name: weight for name, weight in module.named_parameters() if name not in flat}
         self.updated = {**flat, **rest}
         decay = config.weight_decay
@@ -62,17 +72,34 @@ class Optimizer:
         """Clip the gradients and step; if their norm is not finite leave every weight as it is and return False."""
         return step_together([self], learning_rate)
 
+    def step_unseen(self, learning_rate: float, loss: Tensor) -> Tensor:
+        """The same, without waiting for the device: it finds out itself whether `loss` and gradients are finite."""
+        finite = torch.isfinite(self._clipped() + loss.detach())
+        self.move(learning_rate, found_inf=(~finite).float())
+        self.module.zero_grad(set_to_none=True)
+        return finite
+
+    def _clipped(self) -> Tensor:
+        """Clip the gradients; their norm before."""
+        return nn.utils.clip_grad_norm_(self.module.parameters(), self.clip, foreach=True)
+
     def clip_gradients(self) -> bool:
         """Clip the gradients; whether their norm is finite."""
-        return bool(torch.isfinite(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip, foreach=True)))
+        return bool(torch.isfinite(self._clipped()))
 
-    def move(self, learning_rate: float) -> None:
-        """Update the weights by the gradients as they are."""
+    def move(self, learning_rate: float, *, found_inf: Tensor | None = None) -> None:
+        """Update the weights by the gradients as they are.
+
+        Args:
+            found_inf: on the device, 1 to change nothing.
+        """
         for name, source in self.sources.items():
-            self.updated[name].grad = None if source.grad is None else source.grad.flatten(1)
+            self.updated[name].grad = None if source.grad is None else matrix_of(source.grad, source)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate
+            # The name by which torch's fused optimizers, and our Muon, are told.
+            part.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
             part.step()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -92,7 +119,10 @@ class Optimizer:
         for key, value in tensors.items():
             name, quantity = key.rsplit("/", 1)
             weight = self.updated[name]
-            homes[weight].state.setdefault(weight, {})[quantity] = value.to(weight.device, copy=True)
+            # Momenta lie in memory as their weights do: fused steps walk through both alike.
+            like = weight.detach() if value.shape == weight.shape else value
+            kept = torch.empty_like(like, device=weight.device, dtype=value.dtype)
+            homes[weight].state.setdefault(weight, {})[quantity] = kept.copy_(value)
 
 
 def step_together(optimizers: Iterable[Optimizer], learning_rate: float) -> bool:

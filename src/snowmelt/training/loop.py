@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from snowmelt import checkpoint
 from snowmelt.data.stream import Stream
@@ -23,13 +24,15 @@ from snowmelt.terminal import Log, size_of
 from snowmelt.training.plan import Plan
 from snowmelt.training.progress import Progress
 from snowmelt.training.signals import Stop
-from snowmelt.training.watch import Watch
+from snowmelt.training.watch import PREVIEWS, Watch
 
 BAD_STEPS = 3
 """Updates in a row that may be skipped before the run goes back to its last good state."""
 SNAPSHOTS = (0.1, 0.25, 0.5)
 """Shares of the training after which the average weights are kept for good: to guide pictures away from (the first of
 them, by autoguidance), and to measure how the pictures become better."""
+LAG = 16
+"""Updates after which a GPU is asked whether they were finite; asked after each it would stand still meanwhile."""
 ROLLBACKS = 5
 """After so many, the run ends: something other than the learning rate is wrong."""
 
@@ -63,30 +66,40 @@ def fit(session: Session, progress: Progress) -> Progress:
     plan, watch, seed = session.plan, session.watch, session.run.config.training.seed
     save(session, progress)
     saved, durations, trained = time.monotonic(), list[float](), 0.0
+    first, begin, waiting = progress.step + 1, 0.0, list[bool | Tensor]()
     while not plan.finished(progress.step):
-        if session.stop.requested:
+        if session.stop.requested and not waiting:
             save(session, progress)
             raise stopped(session, progress)
-        begin = time.monotonic()
+        if not waiting:
+            begin = time.monotonic()
         batch = session.stream.at(progress.step)
         progress.step += 1
         progress.images += len(batch.images)
         rate = plan.learning_rate(progress.step) * progress.rate_scale
         rng = generator(seed, "train", progress.step, progress.rollbacks, device=session.device)
         update = session.learner.update(batch, rng, rate)
-        if update.finite:
+        if update.finite is not False:
+            # A GPU that is not waited for has left the weights of a bad update as they were, which may be averaged.
             session.average.update(progress.step)
-            progress.in_a_row = 0
-        else:
+        waiting.append(update.finite)
+        together, now = len(waiting), time.monotonic()
+        known = isinstance(update.finite, bool) or together >= LAG or progress.step == first
+        if known or now - saved >= session.save_every or eventful(session, progress, trained + now - begin):
             rollbacks = progress.rollbacks
-            progress = skipped(session, progress)
+            progress = judged(session, progress, waiting)
             if progress.rollbacks > rollbacks:
                 continue
         progress.elapsed = time.monotonic() - session.started
         watch.after_update(progress, update.losses, rate)
-        durations = [*durations[-99:], time.monotonic() - begin]
-        trained += durations[-1]
-        if plan.decides_at(progress.step, trained):
+        if waiting:
+            continue
+        if session.device.type == "cpu" or progress.step != first:
+            # The first update of a process wakes a GPU up, and may compile.
+            taken = time.monotonic() - begin
+            durations = [*durations, *[taken / together] * together][-100:]
+            trained += taken
+        if durations and plan.decides_at(progress.step, trained):
             decide(session, progress, fmean(durations))
         watch.preview_if_due(progress)
         keep_snapshots(session, progress)
@@ -94,6 +107,31 @@ def fit(session: Session, progress: Progress) -> Progress:
             save(session, progress)
             saved = time.monotonic()
     save(session, progress)
+    return progress
+
+
+def eventful(session: Session, progress: Progress, trained: float) -> bool:
+    """Whether more happens after this update than the next one."""
+    plan, step = session.plan, progress.step
+    return plan.finished(step) or plan.due(step, PREVIEWS) or plan.decides_at(step, trained) or session.stop.requested
+
+
+def judged(session: Session, progress: Progress, waiting: list[bool | Tensor]) -> Progress:
+    """Count the last updates, finite or `skipped`, one after the other; `waiting` is empty then.
+
+    After a return to an earlier state those that followed do not count.
+    """
+    tensors = [one for one in waiting if isinstance(one, Tensor)]
+    finite = torch.stack(tensors).tolist() if tensors else [*waiting]
+    waiting.clear()
+    rollbacks, first = progress.rollbacks, progress.step + 1 - len(finite)
+    for step, good in enumerate(finite, first):
+        if good:
+            progress.in_a_row = 0
+        else:
+            progress = skipped(session, progress, step)
+            if progress.rollbacks > rollbacks:
+                break
     return progress
 
 
@@ -131,12 +169,13 @@ def decide(session: Session, progress: Progress, per_step: float) -> None:
     )
 
 
-def skipped(session: Session, progress: Progress) -> Progress:
-    """Count a skipped update; after `BAD_STEPS` in a row go back to the last good state with half the learning rate."""
+def skipped(session: Session, progress: Progress, step: int) -> Progress:
+    """Count update number `step`, which was skipped; after `BAD_STEPS` in a row go back to the last good state, with
+    half the learning rate."""
     progress.skipped += 1
     progress.in_a_row += 1
     if progress.in_a_row < BAD_STEPS:
-        session.log(f"Step {progress.step} was skipped: its loss or gradient was not finite.")
+        session.log(f"Step {step} was skipped: its loss or gradient was not finite.")
         return progress
     if progress.rollbacks >= ROLLBACKS:
         raise UserError(
@@ -150,7 +189,7 @@ def skipped(session: Session, progress: Progress) -> Progress:
     back.elapsed = time.monotonic() - session.started
     session.run.forget_metrics_after(back.step)
     session.log(
-        f"Steps up to {progress.step} were not finite {BAD_STEPS} times in a row: back to step {back.step}, "
+        f"Steps up to {step} were not finite {BAD_STEPS} times in a row: back to step {back.step}, "
         f"with {back.rate_scale:g} of the learning rate."
     )
     return back

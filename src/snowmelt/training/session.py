@@ -5,16 +5,29 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from snowmelt.config import Config
+from snowmelt.config import Config, TrainingConfig
 from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch, Stream
 from snowmelt.data.workers import cores
-from snowmelt.device import DTYPES, Precision, faster_precision, make_precision, pick_device
+from snowmelt.device import (
+    DTYPES,
+    Precision,
+    changes_for,
+    compile_training,
+    faster_precision,
+    has_room,
+    improved,
+    is_gpu,
+    make_precision,
+    pick_device,
+    use_tensor_cores,
+)
 from snowmelt.ema import Average
 from snowmelt.errors import Stopped, UserError
 from snowmelt.models import build_learner
@@ -48,35 +61,94 @@ class Measured(NamedTuple):
     threads: int
     images_per_second: float | None
     """None where nothing depends on it: in a run by steps whose precision needed no race."""
+    layout: str = "default"
+    compile: bool = False
 
     def settled(self, config: Config) -> Config:
-        """The configuration with its precision and threads."""
-        training = dataclasses.replace(config.training, precision=self.precision, threads=self.threads)
-        return dataclasses.replace(config, training=training)
+        """The configuration with its precision, layout and threads, and whether it is compiled."""
+        kept = {name: getattr(self, name) for name in ("precision", "threads", "layout", "compile")}
+        return dataclasses.replace(config, training=dataclasses.replace(config.training, **kept))
+
+
+def precision_of(training: TrainingConfig, device: torch.device) -> Precision:
+    """How a run computes; only a GPU compiles, since on a CPU that takes minutes and gains nothing."""
+    checked = make_precision(device, training.precision)
+    return dataclasses.replace(checked, layout=training.layout, compiled=training.compile and is_gpu(device))
+
+
+def learner_of(config: Config, precision: Precision, failed: Callable[[str], object]) -> Learner:
+    """A learner that computes so.
+
+    Args:
+        failed: is told why, where its network could not be compiled.
+    """
+    learner = build_learner(config, precision)
+    if precision.compiled:
+        network = learner.model.compilable
+        if network is None:
+            failed(f"a {config.model} is not compiled")
+        else:
+            compile_training(network, failed)
+    return learner
+
+
+def refuse(reason: str) -> None:
+    """Of a network that is only tried: it cannot be compiled."""
+    raise RuntimeError(reason)
 
 
 def measure(
-    config: Config, data: Prepared, device: torch.device, *, asked: str, threads: int | None, log: Log
+    config: Config,
+    data: Prepared,
+    device: torch.device,
+    *,
+    asked: str,
+    threads: int | None,
+    log: Callable[[str], object],
+    thorough: bool = True,
+    given: Collection[str] = (),
 ) -> Measured:
-    """Train a few steps to see how fast that is, in the precision asked for or, for "auto", in each."""
+    """Train a few steps to see how fast that is, in the precision asked for or, for "auto", in each.
+
+    Args:
+        thorough: on a GPU then try another layout, and compiling where the run is long enough for it.
+        given: keys of [training] that the person has set; they are as `config` has them.
+    """
     threads = threads or threads_for(config.data, cores())
     torch.set_num_threads(threads)
+    use_tensor_cores(device)
     names = tuple(DTYPES) if asked == "auto" else (make_precision(device, asked).name,)
-    learners: dict[str, Learner] = {}
+    learners: dict[Precision, Learner] = {}
     stream = Stream(data, batch=config.training.batch, seed=0, flip=False, workers=0, device=device)
     batch = stream.at(0)
 
+    start = precision_of(config.training, device)
+
     def step(precision: Precision) -> None:
-        if precision.name not in learners:
-            learners[precision.name] = build_learner(config, precision)
-        learners[precision.name].update(batch, generator(0, "measure", device=device), 0.0)
+        if precision not in learners:
+            learners[precision] = learner_of(config, precision, refuse)
+        learners[precision].update(batch, generator(0, "measure", device=device), 0.0)
+
+    def plain(precision: Precision) -> None:
+        step(dataclasses.replace(start, name=precision.name, compiled=False))
 
     seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
-    timed = config.training.seconds is not None
-    found = faster_precision(device, step, names=names, timed=timed, seconds=seconds * len(names) / len(DTYPES))
+    thorough = thorough and is_gpu(device)
+    timed = config.training.seconds is not None or thorough
+    found = faster_precision(device, plain, names=names, timed=timed, seconds=seconds * len(names) / len(DTYPES))
     if found.ratio is not None:
         log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
-    return Measured(found.precision, threads, found.seconds and len(batch.images) / found.seconds)
+    best, taken = dataclasses.replace(start, name=found.precision, compiled=False), found.seconds
+    if thorough and taken is not None:
+        length = config.training.seconds or (config.training.steps or 0) * taken
+        changes = [name for name in changes_for(device, length) if name not in given]
+        if "compile" not in (*changes, *given):
+            log("compiled: no (so short a training does not wait for the compiler).")
+        best, taken, reasons = improved(best, step, before=taken, changes=changes, seconds=seconds / 3)
+        for reason in reasons:
+            log(f"{reason}.")
+    speed = taken and len(batch.images) / taken
+    return Measured(best.name, threads, speed, best.layout, best.compiled or start.compiled)
 
 
 def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
@@ -118,7 +190,9 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
     config = run.config
     torch.set_num_threads(config.training.threads)
     device = pick_device(here.device)
-    learner = build_learner(config, make_precision(device, config.training.precision))
+    use_tensor_cores(device)
+    precision = precision_of(config.training, device)
+    learner = learner_of(config, precision, lambda why: log(f"The network is not compiled ({why})."))
     average = Average(learner.averaged, config.training.average)
     plan = Plan.open(run.path / "plan.json", config.training)
     stream = Stream(
@@ -128,12 +202,12 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
         flip=config.training.flip,
         workers=here.workers,
         device=device,
+        resident=has_room(device, len(data.train) * data.images[0].nbytes),
     )
     watch = Watch(run, log, plan, learner, average, data, device, stop)
     session = Session(run, learner, average, stream, plan, watch, log, stop, device, here.save_every, started)
     images, labels = stream.at(0)
     one = Batch(images[:1], None if labels is None else labels[:1])
-    precision = learner.model.precision
     precision.assert_active(learner.model, lambda: learner.held_out(one, generator(0, "check", device=device)))
     progress = restore(session)
     run.forget_metrics_after(progress.step)

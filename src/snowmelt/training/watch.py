@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -59,6 +60,12 @@ QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
 
 
+def numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """Losses as numbers; those on a device are fetched together, since it is waited for each time."""
+    there = [value for value in values if isinstance(value, Tensor)]
+    return torch.stack(there).tolist() if len(there) == len(values) > 0 else [float(value) for value in values]
+
+
 @dataclass
 class Watch:
     """Follows one run."""
@@ -72,7 +79,7 @@ class Watch:
     device: torch.device
     stop: Stop
     live: Live = field(init=False)
-    losses: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    losses: dict[str, list[float | Tensor]] = field(default_factory=dict[str, list[float | Tensor]])
     speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=40))
     said: float = 0.0
     written: float = 0.0
@@ -92,7 +99,7 @@ class Watch:
     def __post_init__(self) -> None:
         self.live = Live(Text(""), console=self.log.console, refresh_per_second=4, transient=True)
 
-    def after_update(self, progress: Progress, losses: dict[str, float], rate: float) -> None:
+    def after_update(self, progress: Progress, losses: Mapping[str, float | Tensor], rate: float) -> None:
         """Take note of an update; now and then say so and write a line of metrics."""
         for name, loss in losses.items():
             self.losses.setdefault(name, []).append(loss)
@@ -100,7 +107,7 @@ class Watch:
         horizon = self.plan.horizon(progress.step)
         self._say(progress, horizon)
         if progress.step % max(1, (horizon or LINES * 10) // LINES) == 0 or progress.step == 1:
-            finite = {name: [loss for loss in values if isfinite(loss)] for name, values in self.losses.items()}
+            finite = {name: list(filter(isfinite, numbers(values))) for name, values in self.losses.items()}
             line = {
                 "step": progress.step,
                 "images": progress.images,
@@ -140,7 +147,7 @@ class Watch:
         else:
             batch = self.run.config.training.batch
             left = words_of(((horizon or 0) - progress.step) * batch / speed) if speed else "?"
-        loss = self.losses["loss"][-1] if self.losses else float("nan")
+        loss = float(self.losses["loss"][-1]) if self.losses else float("nan")
         step = f"step {progress.step}/{horizon}" if horizon else f"step {progress.step}"
         return (
             f"{step} · {progress.images:,} images · loss {loss:.4f} · {speed:.0f} images/s · "

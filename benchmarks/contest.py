@@ -1,0 +1,86 @@
+"""What benchmarks share that train Snowmelt and its rivals for the same time and then draw with each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rivals import Rival
+from snowmelt.config import DataConfig
+from snowmelt.device import synchronize
+from snowmelt.diffusion.denoiser import Denoise
+from snowmelt.diffusion.grids import GRIDS
+from snowmelt.diffusion.samplers import SAMPLERS
+from snowmelt.diffusion.schedules import SCHEDULES
+from snowmelt.evaluation.drawing import class_by_chance
+from snowmelt.models.base import Drawing
+from snowmelt.seeds import noise_source
+
+TRIAL = 10
+"""Updates that tell how many fit into the time."""
+CPU = torch.device("cpu")
+
+
+def updates_in(seconds: float, trial: Rival, device: torch.device = CPU) -> int:
+    """How many updates of a rival fit into so many seconds, seen on a few after one to warm up."""
+    trial.step()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(TRIAL):
+        trial.step()
+        synchronize(device)
+    return int(seconds * TRIAL / (time.perf_counter() - start))
+
+
+def train_for(seconds: float, rival: Rival, device: torch.device = CPU) -> int:
+    """Train a rival for so many seconds; how many updates it made. Scripts log each loss, and so wait for each step."""
+    steps, begin = 0, time.time()
+    while time.time() - begin < seconds:
+        rival.step()
+        synchronize(device)
+        steps += 1
+    return steps
+
+
+def train_snowmelt(data: Path, seconds: float, run: Path, seed: int, *more: str) -> dict[str, Any]:
+    """A run of `snowmelt train --for`, and what it says of itself."""
+    words = ["train", str(data), "--for", f"{seconds:.0f}s", "--out", str(run), "--seed", str(seed), *more]
+    subprocess.run([sys.executable, "-m", "snowmelt", *words], check=True, capture_output=True)
+    return json.loads((run / "status.json").read_text(encoding="utf-8"))
+
+
+def drawn(
+    bind: Callable[[Tensor | None], Denoise],
+    facts: DataConfig,
+    drawing: Drawing,
+    count: int,
+    *,
+    batch: int,
+    device: torch.device = CPU,
+) -> tuple[Tensor, float]:
+    """So many pictures, each of a class by chance where there are classes, and the seconds that one took.
+
+    Args:
+        bind: classes, or None -> the denoiser that is told them.
+    """
+    shape, parts = (facts.channels, facts.size, facts.size), list[Tensor]()
+    method, schedule = SAMPLERS[drawing.sampler], SCHEDULES[drawing.schedule or "cosine"]
+    grid = GRIDS[drawing.spacing or method.grid](schedule, drawing.steps)
+    begin = time.perf_counter()
+    with torch.no_grad():
+        for start in range(0, count, batch):
+            numbers = range(start, min(start + batch, count))
+            source = noise_source([0] * len(numbers), numbers, shape, device)
+            chosen = [class_by_chance(facts, 0, number) for number in numbers] if facts.classes else []
+            labels = torch.tensor(chosen, device=device) if chosen else None
+            *_, last = method.sampler(bind(labels), source(0), grid, source)
+            parts.append(last.x0.cpu())
+    return torch.cat(parts), (time.perf_counter() - begin) / max(1, count)
