@@ -161,14 +161,12 @@ def faster_precision(
 LEAST_COMPILED = 600.0
 """Seconds of training from which on it may pay to wait for the compiler, which takes about a minute."""
 CHANGES: dict[str, dict[str, Any]] = {"layout": {"layout": "channels_last"}, "compile": {"compiled": True}}
-"""What is tried on a GPU beyond the precision, one after the other, by the key of [training] that keeps it."""
+"""What is tried beyond the precision, one after the other, by the key of [training] that keeps it."""
 
 
 def changes_for(device: torch.device, seconds: float) -> list[str]:
-    """Those of `CHANGES` that may pay on this device in a training of so many seconds; none on a CPU."""
-    if not is_gpu(device):
-        return []
-    return list(CHANGES) if seconds >= LEAST_COMPILED else ["layout"]
+    """Those of `CHANGES` that may pay on this device in a training of so many seconds."""
+    return list(CHANGES) if is_gpu(device) and seconds >= LEAST_COMPILED else ["layout"]
 
 
 class Tried(NamedTuple):

@@ -319,7 +319,7 @@ def _fitted(
     asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
     ask = partial(measure, data=data, device=device, log=log, given=given)
     seconds = config.training.seconds
-    # A GPU takes part in the choice of the network; until then it is only asked how fast it is as it is.
+    # How fast it is as it is decides the batch, and on a GPU the network; then it is asked what makes these faster.
     measured = ask(config, asked=asked, threads=given.get("threads"), thorough=seconds is None)
     speed = measured.images_per_second
     if seconds is None or speed is None:
@@ -340,8 +340,7 @@ def _fitted(
             reason = f"a larger one cannot be trained: {reason_of(error)}"
         log(f"Network: the usual one ({reason}).")
         chosen = resolve(facts_of(data), options, overrides, images=images)
-    if gpu or chosen.training.batch != config.training.batch:
-        measured = again(chosen)
+    measured = again(chosen)
     return measured.settled(chosen), measured.images_per_second
 
 

@@ -189,14 +189,15 @@ def tune(options: TuneOptions) -> Path:
     best = {count: min(these, key=lambda name: these[name][0]) for count, these in judged.items()}
     file = keep_tuned(run, state, {count: judged[count][name][1] for count, name in best.items()})
     usual = list(usual_names())
-    table = Table("steps", "best", "distance", *(f"{name}, as usual" for name in usual))
+    table = Table("steps", "best", "distance", *usual)
     for count, these in judged.items():
         shown = (f"{these[f'{name}, usual levels'][0]:.4g}" for name in usual)
         table.add_row(str(count), best[count], f"{these[best[count]][0]:.4g}", *shown)
     screen.print(table)
     screen.print(
         f"Distances are Frechet distances of {JUDGED} drawn from {len(judge.real):,} training pictures, in the space "
-        "of random convolutions. The best was chosen by them, so its own flatters it a little."
+        "of random convolutions; the last columns are samplers at their usual levels. The best was chosen by these "
+        "distances, so its own flatters it a little."
     )
     screen.print(f"Wrote {file}; snowmelt sample {run.path} --steps {options.counts[-1]} uses it.", markup=False)
     return file
@@ -299,15 +300,20 @@ def candidates_of(bench: Bench, costs: dict[str, Costs], count: int) -> dict[str
     from snowmelt.models.base import Drawing
 
     plain = Drawing().sampler
-    found = {"searched": searched(bench, costs, count).drawing}
-    cost = costs.get(plain.removesuffix("_sde"), next(iter(costs.values())))
-    for discount in DISCOUNTS:
-        levels = levels_of(bench, cost, discount, count)
-        found[f"{plain}, searched levels ({discount:g})"] = Drawing(sampler=plain, levels=levels)
+    found: dict[str, Drawing] = {}
     for name in usual_names():
         usual = bench.model.grid(Drawing(sampler=name, steps=count)).tolist()
         found[f"{name}, usual levels"] = Drawing(sampler=name, levels=tuple(usual))
-    return {f"{one.sampler}, searched levels" if name == "searched" else name: one for name, one in found.items()}
+    nearest = searched(bench, costs, count).drawing
+    others = {f"{nearest.sampler}, searched levels": nearest}
+    cost = costs.get(plain.removesuffix("_sde"), next(iter(costs.values())))
+    for discount in DISCOUNTS:
+        levels = levels_of(bench, cost, discount, count)
+        others[f"{plain}, searched levels ({discount:g})"] = Drawing(sampler=plain, levels=levels)
+    for name, one in others.items():
+        if one not in found.values():
+            found[name] = one
+    return found
 
 
 def levels_of(bench: Bench, cost: Costs, discount: float, count: int) -> tuple[float, ...]:

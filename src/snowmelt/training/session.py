@@ -111,7 +111,8 @@ def measure(
     """Train a few steps to see how fast that is, in the precision asked for or, for "auto", in each.
 
     Args:
-        thorough: on a GPU then try another layout, and compiling where the run is long enough for it.
+        thorough: then try another layout, and on a GPU compiling where the run is long enough for it; on a CPU only in
+            a run by time, since one by steps is to give the same weights again on the same machine.
         given: keys of [training] that the person has set; they are as `config` has them.
     """
     threads = threads or threads_for(config.data, cores())
@@ -133,7 +134,7 @@ def measure(
         step(dataclasses.replace(start, name=precision.name, compiled=False))
 
     seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
-    thorough = thorough and is_gpu(device)
+    thorough = thorough and (is_gpu(device) or config.training.seconds is not None)
     timed = config.training.seconds is not None or thorough
     found = faster_precision(device, plain, names=names, timed=timed, seconds=seconds * len(names) / len(DTYPES))
     if found.ratio is not None:
@@ -142,8 +143,9 @@ def measure(
     if thorough and taken is not None:
         length = config.training.seconds or (config.training.steps or 0) * taken
         changes = [name for name in changes_for(device, length) if name not in given]
-        if "compile" not in (*changes, *given):
+        if is_gpu(device) and "compile" not in (*changes, *given):
             log("compiled: no (so short a training does not wait for the compiler).")
+        learners.clear()  # of which each takes memory
         best, taken, reasons = improved(best, step, before=taken, changes=changes, seconds=seconds / 3)
         for reason in reasons:
             log(f"{reason}.")
