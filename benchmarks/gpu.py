@@ -11,8 +11,8 @@ parameters) in fp32 or, as `diffusers bf16`, under autocast. Its batch is that o
     of the peak  operations of the network's forward and backward pass, as torch counts them, times images/s, over
                  what the GPU's makers say of dense products in bf16
     distances    Frechet, to held-out pictures, of `--samples` pictures in the offline spaces, drawn with 35, 10 and 5
-                 evaluations (Heun and UniPC), in fp32; Snowmelt draws pictures of its classes, as often as the folder
-                 has them
+                 evaluations (Heun and UniPC), at the same levels for all, which are those of Snowmelt's schedule;
+                 in fp32; Snowmelt draws pictures of its classes, as often as the folder has them
 
 Ratios (x) are to the best rival of the same minutes, above 1 where this one is better. Without a GPU it only shows
 that it works; `snowmelt train` then takes 30 s, its least:

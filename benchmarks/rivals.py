@@ -123,7 +123,8 @@ def diffusers_tuned(
         noise = torch.randn_like(images)
         times = torch.randint(0, 1000, (batch,))
         functional.mse_loss(model(noising.add_noise(images, noise, times), times).sample, noise).backward()
-        optimizer.step(plan.learning_rate(done))
+        # At least 0, should there be time for more updates than were foreseen.
+        optimizer.step(max(0.0, plan.learning_rate(done)))
         average.update(done)
 
     def finished() -> Callable[[Tensor, Tensor], Tensor]:

@@ -237,8 +237,8 @@ def show(found: dict[str, Any]) -> None:
             if value is None:
                 continue
             cells.append(f"{space} {value:.4g} ({low:.4g} to {high:.4g}; real {floor:.3g})")
-            theirs = (other["distances"][space][0] or float("nan") for other in rivals if "distances" in other)
-            nearest = min(theirs, default=float("nan"))
+            theirs = [other["distances"][space][0] for other in rivals if "distances" in other]
+            nearest = min((distance for distance in theirs if distance is not None), default=float("nan"))
             ratios.append(f"{space} {nearest / value:.2f}")
         table.add_row(
             title, f"{row['images']:,}", f"{row['parameters'] / 1e6:.2f}", f"{row['error']:.4f}",

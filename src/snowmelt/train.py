@@ -91,6 +91,8 @@ class TrainOptions:
     """Say what would be done with these pictures on this machine, and stop."""
 
 
+LOOKED = 400
+"""Steps that a run by time must have room for before some are spent on trying whether another layout is faster."""
 PROCESS_OPTIONS = ("out", "resume", "device", "workers", "save_every", "plan")
 """What may differ when a command continues a run."""
 DATA_OPTIONS = ("size", "color", "background", "fit", "classes")
@@ -340,7 +342,8 @@ def _fitted(
             reason = f"a larger one cannot be trained: {reason_of(error)}"
         log(f"Network: the usual one ({reason}).")
         chosen = resolve(facts_of(data), options, overrides, images=images)
-    measured = again(chosen)
+    if gpu or chosen.training.batch != config.training.batch or LOOKED * config.training.batch / speed <= seconds:
+        measured = again(chosen)
     return measured.settled(chosen), measured.images_per_second
 
 

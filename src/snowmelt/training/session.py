@@ -44,6 +44,9 @@ from snowmelt.training.report import write_report
 from snowmelt.training.signals import Stop, catch_signals
 from snowmelt.training.watch import Watch
 
+FEWEST = 4
+"""Steps that a layout is judged by; on a CPU it is not tried where these take longer than all measuring should."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Here:
@@ -140,7 +143,7 @@ def measure(
     if found.ratio is not None:
         log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
     best, taken = dataclasses.replace(start, name=found.precision, compiled=False), found.seconds
-    if thorough and taken is not None:
+    if thorough and taken is not None and (is_gpu(device) or FEWEST * taken <= seconds):
         length = config.training.seconds or (config.training.steps or 0) * taken
         changes = [name for name in changes_for(device, length) if name not in given]
         if is_gpu(device) and "compile" not in (*changes, *given):
@@ -150,7 +153,7 @@ def measure(
         for reason in reasons:
             log(f"{reason}.")
     speed = taken and len(batch.images) / taken
-    return Measured(best.name, threads, speed, best.layout, best.compiled or start.compiled)
+    return Measured(best.name, threads, speed, best.layout, best.compiled or config.training.compile)
 
 
 def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
