@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rivals import Rival
 from snowmelt.config import DataConfig
+from snowmelt.data.prepared import is_prepared
 from snowmelt.device import synchronize
 from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.diffusion.grids import GRIDS
@@ -22,11 +23,23 @@ from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.evaluation.drawing import class_by_chance
 from snowmelt.models.base import Drawing
+from snowmelt.prepare import PrepareOptions, prepare
 from snowmelt.seeds import noise_source
+from snowmelt.terminal import console
 
 TRIAL = 10
 """Updates that tell how many fit into the time."""
 CPU = torch.device("cpu")
+
+
+def data_of(source: str, out: Path, size: int | None = None) -> Path:
+    """The prepared dataset that `source` is, or that is made of it in `out`, unless it was before."""
+    data = Path(source)
+    if not is_prepared(data):
+        data = out / "data"
+        if not is_prepared(data):
+            prepare(PrepareOptions(source, data, size=size), console())
+    return data
 
 
 def updates_in(seconds: float, trial: Rival, device: torch.device = CPU) -> int:

@@ -42,11 +42,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from contest import drawn, train_for, train_snowmelt, updates_in
+from contest import data_of, drawn, train_for, train_snowmelt, updates_in
 from rivals import diffusers
 from snowmelt.config import DataConfig, UNetConfig
 from snowmelt.data.pixels import to_images, to_pixels
-from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
+from snowmelt.data.prepared import Prepared, open_prepared
 from snowmelt.data.workers import cores
 from snowmelt.device import Precision, pick_device
 from snowmelt.diffusion.denoiser import Denoise
@@ -57,7 +57,6 @@ from snowmelt.foreign.unet2d import network_of
 from snowmelt.models.base import Drawing
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.networks.unet import UNet
-from snowmelt.prepare import PrepareOptions, prepare
 from snowmelt.presets import SHORTEST, facts_of
 from snowmelt.run import Run
 from snowmelt.terminal import Log, console
@@ -237,11 +236,7 @@ def show(found: dict[str, dict[str, Any]], options: Options) -> None:
 def main(options: Options) -> None:
     """Train each, measure each, print the table after each."""
     options.out.mkdir(parents=True, exist_ok=True)
-    data = Path(options.source)
-    if not is_prepared(data):
-        data = options.out / "data"
-        if not is_prepared(data):
-            prepare(PrepareOptions(options.source, data), console())
+    data = data_of(options.source, options.out)
     file = options.out / "found.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for minutes in options.minutes:

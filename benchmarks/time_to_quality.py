@@ -197,16 +197,10 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
 
 def main(options: Options) -> None:
     """Train each, measure each, print the table after each."""
-    from snowmelt.data.prepared import is_prepared
-    from snowmelt.prepare import PrepareOptions, prepare
-    from snowmelt.terminal import console
+    from contest import data_of
 
     options.out.mkdir(parents=True, exist_ok=True)
-    data = Path(options.source)
-    if not is_prepared(data):
-        data = options.out / "data"
-        if not is_prepared(data):
-            prepare(PrepareOptions(options.source, data, size=options.size), console())
+    data = data_of(options.source, options.out, options.size)
     file = options.out / "found.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     jobs = [(name, options.minutes) for name in options.rivals] + [("snowmelt", minutes) for minutes in options.ours]

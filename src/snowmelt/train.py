@@ -342,8 +342,10 @@ def _fitted(
             reason = f"a larger one cannot be trained: {reason_of(error)}"
         log(f"Network: the usual one ({reason}).")
         chosen = resolve(facts_of(data), options, overrides, images=images)
-    if gpu or chosen.training.batch != config.training.batch or LOOKED * config.training.batch / speed <= seconds:
-        measured = again(chosen)
+    batch = chosen.training.batch
+    thorough = gpu or LOOKED * batch / speed <= seconds
+    if thorough or batch != config.training.batch:
+        measured = again(chosen, thorough=thorough)
     return measured.settled(chosen), measured.images_per_second
 
 

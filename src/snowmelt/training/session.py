@@ -44,9 +44,6 @@ from snowmelt.training.report import write_report
 from snowmelt.training.signals import Stop, catch_signals
 from snowmelt.training.watch import Watch
 
-FEWEST = 4
-"""Steps that a layout is judged by; on a CPU it is not tried where these take longer than all measuring should."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Here:
@@ -143,7 +140,7 @@ def measure(
     if found.ratio is not None:
         log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
     best, taken = dataclasses.replace(start, name=found.precision, compiled=False), found.seconds
-    if thorough and taken is not None and (is_gpu(device) or FEWEST * taken <= seconds):
+    if thorough and taken is not None:
         length = config.training.seconds or (config.training.steps or 0) * taken
         changes = [name for name in changes_for(device, length) if name not in given]
         if is_gpu(device) and "compile" not in (*changes, *given):
