@@ -6,7 +6,9 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,6 +20,8 @@ from snowmelt.files import make_folder, write_atomic
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from snowmelt.models.base import Drawing, Model
     from snowmelt.run import Run
     from snowmelt.shapes import Images
@@ -26,6 +30,8 @@ MOMENTS = 12
 """Columns of a strip."""
 ROWS = 16
 """Of a strip, at most."""
+WRITERS = 4
+"""Files that are written side by side."""
 MOST = 100_000
 """Pictures in one call."""
 
@@ -53,6 +59,8 @@ class SampleOptions:
     sampler: str | None = None
     """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md. When not
     given dpmpp_2m_sde, or what `snowmelt tune` found best for so few steps."""
+    eta: float | None = None
+    """How much fresh noise the steps of ddim, dpmpp_2m, ... draw: 0 none, 1 as much as ddpm."""
     steps: int | None = None
     """Noise levels that are visited, 15 when not given; most samplers ask the network once at each."""
     schedule: str | None = None
@@ -109,6 +117,7 @@ def sample(options: SampleOptions) -> list[Path]:
     # Late, so that the command line stays instant.
     import torch
 
+    from snowmelt.data.pixels import to_pixels
     from snowmelt.device import make_precision, pick_device
     from snowmelt.evaluation.drawing import make_ready, tuned
     from snowmelt.models import check_drawing
@@ -127,11 +136,16 @@ def sample(options: SampleOptions) -> list[Path]:
     facts = _facts(run, checkpoint, options, {} if model.at_once else drawing.as_dict())
     files: list[Path] = []
     sheets: list[list[Images]] = []
-    with make_folder(Path(options.out or run.path / "samples")) as out:
+    # Files are written while the next pictures are drawn: most of it is waiting for the disk.
+    with make_folder(Path(options.out or run.path / "samples")) as out, ThreadPoolExecutor(WRITERS) as pool:
+        write = partial(_write, out, facts)
+        written: Iterator[list[Path]] = iter(())
         for group, moments in _drawn(run, model, wanted, drawing, options.batch, strip=options.strip):
-            files += _write(out, group, moments[-1], facts)
+            files += chain.from_iterable(written)
+            written = pool.map(write, group, to_pixels(moments[-1]))
             if options.grid or options.strip:
                 sheets.append(moments)
+        files += chain.from_iterable(written)
         columns = [torch.cat(parts) for parts in zip(*sheets, strict=True)]
         if options.grid:
             files.append(save_png(out / "grid.png", sheet(columns[-1], _columns(wanted), smallest=64)))
@@ -198,21 +212,16 @@ def _drawn(
         yield group, [*(moments[index] for index in moments_of(len(moments), MOMENTS - 1)), pictures]
 
 
-def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
-    """One PNG and one JSON for each picture."""
-    from snowmelt.data.pixels import to_pixels
+def _write(out: Path, facts: dict[str, Any], one: Wanted, pixels: Tensor) -> list[Path]:
+    """The PNG and the JSON of a picture, uint8 (height, width, channels)."""
     from snowmelt.pictures import picture, save_png
 
-    files: list[Path] = []
-    for one, pixels in zip(group, to_pixels(images), strict=True):
-        name = None if one.label is None else facts["classes"][one.label]
-        note = {key: value for key, value in facts.items() if key not in ("classes", "drawing")} | facts["drawing"]
-        note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(facts, one, name)}
-        path = out / f"{one.stem}.png"
-        save_png(path, picture(pixels))
-        write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
-        files += [path, path.with_suffix(".json")]
-    return files
+    name = None if one.label is None else facts["classes"][one.label]
+    note = {key: value for key, value in facts.items() if key not in ("classes", "drawing")} | facts["drawing"]
+    note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(facts, one, name)}
+    path = save_png(out / f"{one.stem}.png", picture(pixels))
+    write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
+    return [path, path.with_suffix(".json")]
 
 
 def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 Candidates come from trajectories of the run itself (`diffusion/search.py`): levels at which few steps draw what many
 draw. Many steps need not draw best, since a network that has not learned everything is followed into all its errors,
-and fresh noise forgets a part of them. So the last word has the distance to real pictures.
+and fresh noise forgets a part of them. So the last word has the distance to real pictures, and the best candidate is
+then moved for as long as that brings it nearer to them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -35,6 +36,8 @@ FINE = 41
 REFERENCE = "dpmpp_3m"
 DISCOUNTS = (0.0, 0.5, 1.0)
 """How much of an error the rest of the way undoes (see `snowmelt.diffusion.search`); each is tried."""
+HALF = 0.5
+"""The one taken for the sampler with fresh noise, which is not tried by how near it comes to many steps."""
 TRIED = 32
 """Pictures that are drawn at searched levels, to be compared with those of many steps."""
 JUDGED, REAL = 256, 2000
@@ -46,6 +49,8 @@ LARGEST_BATCH, LARGE = 32, 64
 SHIFTS = (0.3, -0.3)
 """Shares of the way to a neighbour by which a level is moved, to see whether that is better."""
 ROUNDS = 1
+MOVED = 12
+"""Moves of the best candidate, at most, that real pictures judge."""
 FEWEST, MOST = 3, 30
 """Steps that levels are found for."""
 
@@ -76,6 +81,19 @@ class Part(NamedTuple):
     noise: NoiseSource
     labels: Labels | None
     wanted: Images
+
+
+class Judged(NamedTuple):
+    """A way to draw, judged."""
+
+    distance: float
+    drawing: Drawing
+
+    def shown(self) -> tuple[str, str]:
+        """The cells of the table."""
+        levels = self.drawing.levels
+        noise = "" if self.drawing.eta is None else f"eta {self.drawing.eta:g}, "
+        return f"{noise}{levels[0]:.1f} to {levels[-1]:.1f}", f"{self.distance:.4g}"
 
 
 class Trial(NamedTuple):
@@ -180,19 +198,21 @@ def tune(options: TuneOptions) -> Path:
         bench = Bench(model, parts, lambda: progress.advance(trying))
         costs = costs_of(found, options.samplers)
         candidates = {count: candidates_of(bench, costs, count) for count in options.counts}
-        progress.update(judging, total=sum(map(len, candidates.values())))
+        progress.update(judging, total=sum(len(these) + MOVED for these in candidates.values()))
         progress.start_task(judging)
         judged = {
-            count: {name: (judge.distance(one), one) for name, one in these.items()}
+            count: {name: Judged(judge.distance(one), one) for name, one in these.items()}
             for count, these in candidates.items()
         }
-    best = {count: min(these, key=lambda name: these[name][0]) for count, these in judged.items()}
-    file = keep_tuned(run, state, {count: judged[count][name][1] for count, name in best.items()})
+        best = {count: min(these.items(), key=lambda pair: pair[1].distance) for count, these in judged.items()}
+        moved = {count: improved(judge.distance, one) for count, (_, one) in best.items()}
+    file = keep_tuned(run, state, {count: one.drawing for count, one in moved.items()})
     usual = list(usual_names())
-    table = Table("steps", "best", "distance", *usual)
+    table = Table("steps", "best", "distance", "moved", "distance", *usual)
     for count, these in judged.items():
-        shown = (f"{these[f'{name}, usual levels'][0]:.4g}" for name in usual)
-        table.add_row(str(count), best[count], f"{these[best[count]][0]:.4g}", *shown)
+        name, one = best[count]
+        shown = (f"{these[f'{name}, usual levels'].distance:.4g}" for name in usual)
+        table.add_row(str(count), name, f"{one.distance:.4g}", *moved[count].shown(), *shown)
     screen.print(table)
     screen.print(
         f"Distances are Frechet distances of {JUDGED} drawn from {len(judge.real):,} training pictures, in the space "
@@ -307,9 +327,7 @@ def candidates_of(bench: Bench, costs: dict[str, Costs], count: int) -> dict[str
     nearest = searched(bench, costs, count).drawing
     others = {f"{nearest.sampler}, searched levels": nearest}
     cost = costs.get(plain.removesuffix("_sde"), next(iter(costs.values())))
-    for discount in DISCOUNTS:
-        levels = levels_of(bench, cost, discount, count)
-        others[f"{plain}, searched levels ({discount:g})"] = Drawing(sampler=plain, levels=levels)
+    others[f"{plain}, searched levels"] = Drawing(sampler=plain, levels=levels_of(bench, cost, HALF, count))
     for name, one in others.items():
         if one not in found.values():
             found[name] = one
@@ -339,6 +357,69 @@ def searched(bench: Bench, costs: dict[str, Costs], count: int) -> Trial:
                 other = dataclasses.replace(best.drawing, levels=moved(best.drawing.levels, place, share))
                 best = min(best, bench.trial(other), key=_error)
     return best
+
+
+def improved(distance: Callable[[Drawing], float], start: Judged) -> Judged:
+    """`start`, moved along one of `MOVES` after the other for as long as its pictures come nearer to real ones."""
+    best, left = start, MOVED
+    for move in MOVES:
+        for way in (1, -1):
+            begun = best
+            while left and (other := move(best.drawing, way)) is not None:
+                left -= 1
+                found = Judged(distance(other), other)
+                if found.distance >= best.distance:
+                    break
+                best = found
+            if best is not begun:
+                break
+    return best
+
+
+def fresher(drawing: Drawing, way: int) -> Drawing | None:
+    """With a quarter more or less fresh noise; None where there is no more, or no less, or none to choose."""
+    from snowmelt.diffusion.samplers import SAMPLERS
+
+    how = SAMPLERS[drawing.sampler].how
+    if how is None or not how.may_draw:
+        return None
+    eta = (how.eta if drawing.eta is None else drawing.eta) + way / 4
+    return dataclasses.replace(drawing, eta=eta) if 0 <= eta <= 1 else None
+
+
+def bent(drawing: Drawing, way: int) -> Drawing | None:
+    """With levels denser where there is much noise, or where there is little."""
+    first, *_, last = drawing.levels
+    power, reach = 1.2**way, last - first
+    return with_levels(drawing, (first + reach * ((level - first) / reach) ** power for level in drawing.levels))
+
+
+def started(drawing: Drawing, way: int) -> Drawing | None:
+    """Starting at less noise, or at more."""
+    first, *_, last = drawing.levels
+    share = 1 - way / (last - first)
+    return with_levels(drawing, (last - share * (last - level) for level in drawing.levels))
+
+
+def ended(drawing: Drawing, way: int) -> Drawing | None:
+    """Ending at more noise, or at less."""
+    first, *_, last = drawing.levels
+    share = 1 - way / (last - first)
+    return with_levels(drawing, (first + share * (level - first) for level in drawing.levels))
+
+
+MOVES: tuple[Callable[[Drawing, int], Drawing | None], ...] = (fresher, ended, bent, started)
+"""(drawing, 1 or -1) -> a drawing near to it, or None where there is none; in the order that they are tried."""
+
+
+def with_levels(drawing: Drawing, levels: Iterable[float]) -> Drawing | None:
+    """The same with other levels; None where they are none."""
+    from snowmelt.diffusion.grids import given_grid
+
+    try:
+        return dataclasses.replace(drawing, levels=tuple(given_grid(list(levels)).tolist()))
+    except UserError:
+        return None
 
 
 def moved(levels: tuple[float, ...], place: int, share: float) -> tuple[float, ...]:

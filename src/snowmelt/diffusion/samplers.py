@@ -59,8 +59,12 @@ class Multistep:
 
     def __post_init__(self) -> None:
         assert self.order >= 1 and 0 <= self.eta <= 1
-        assert not self.eta or self.form is DATA, "the noise forms solve the equation without fresh noise"
-        assert not (self.eta and self.corrected), "a step that drew noise cannot be taken again"
+        assert not self.eta or self.may_draw, "this way solves the equation without fresh noise"
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether steps can draw fresh noise: not of a noise form, and not where steps are taken again."""
+        return self.form is DATA and not self.corrected
 
 
 def multistep(

@@ -14,11 +14,10 @@ from snowmelt import checkpoint
 from snowmelt.config import DataConfig
 from snowmelt.data.pixels import to_images
 from snowmelt.diffusion.grids import given_grid, log_snr_grid
-from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.variance import Variance, analytic, noise_power
-from snowmelt.errors import UserError, choose
+from snowmelt.errors import UserError
 from snowmelt.files import write_atomic
-from snowmelt.models import build_model
+from snowmelt.models import build_model, check_drawing
 from snowmelt.models.base import Drawing, Model, classes_of
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.run import Run
@@ -122,7 +121,7 @@ TUNED = "levels.json"
 def keep_tuned(run: Run, state: Path, found: dict[int, Drawing]) -> Path:
     """Keep in the run how so few steps draw best with the weights of `state`, in the place of what was kept before."""
     path = run.folder("evaluations") / TUNED
-    steps = {str(count): {"sampler": one.sampler, "levels": list(one.levels)} for count, one in found.items()}
+    steps = {str(count): one.as_dict() for count, one in found.items()}
     write_atomic(path, json.dumps({"weights": _weights(state), "steps": steps}, indent=1))
     return path
 
@@ -143,12 +142,13 @@ def _tuned(run: Run, state: Path, steps: int) -> Drawing | None:
         known = json.loads((run.path / "evaluations" / TUNED).read_text(encoding="utf-8"))
         chosen = known["steps"][str(steps)]
         levels = tuple(given_grid([float(level) for level in chosen["levels"]]).tolist())
-        choose(SAMPLERS, chosen["sampler"], "sampler")
+        found = Drawing(sampler=chosen["sampler"], eta=chosen.get("eta"), levels=levels)
+        check_drawing(found, classes=False)
         if known["weights"] != _weights(state) or len(levels) != steps:
             return None
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, UserError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError):
         return None
-    return Drawing(sampler=chosen["sampler"], levels=levels)
+    return found
 
 
 def _weights(state: Path) -> str:

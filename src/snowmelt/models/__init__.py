@@ -90,6 +90,12 @@ def check_drawing(drawing: Drawing, *, classes: bool) -> None:
         choose(dict.fromkeys((*VARIANCES, "analytic", "learned")), drawing.variance, "variance")
         if method.sampler is not ancestral:
             raise UserError(f"{drawing.sampler} has no variance to choose; leave --variance away, or take ddpm.")
+    if drawing.eta is not None:
+        if method.how is None or not method.how.may_draw:
+            able = ", ".join(name for name, one in SAMPLERS.items() if one.how is not None and one.how.may_draw)
+            raise UserError(f"{drawing.sampler} has no fresh noise to choose; leave --eta away, or take one of {able}.")
+        if not 0 <= drawing.eta <= 1:
+            raise UserError(f"--eta is {drawing.eta}; give a number from 0 (no fresh noise) to 1 (as much as ddpm).")
     _check_levels(drawing)
     _check_guidance(drawing, classes=classes)
 

@@ -26,6 +26,8 @@ class Drawing:
 
     sampler: str = "dpmpp_2m_sde"
     """A name of `SAMPLERS`."""
+    eta: float | None = None
+    """How much fresh noise its steps draw, from 0 (none) to 1 (as much as DDPM); none: as the sampler's name says."""
     steps: int = 15
     """Levels that are visited; most samplers ask the network once at each."""
     schedule: str | None = None

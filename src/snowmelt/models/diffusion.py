@@ -21,7 +21,7 @@ from snowmelt.diffusion.levels import LEVELS, LEVELS_STATE, Drawn
 from snowmelt.diffusion.loss import WEIGHTS, denoising_losses
 from snowmelt.diffusion.noise import add_noise, alpha_sigma
 from snowmelt.diffusion.process import gaussian_kl
-from snowmelt.diffusion.samplers import SAMPLERS, ancestral
+from snowmelt.diffusion.samplers import SAMPLERS, ancestral, multistep
 from snowmelt.diffusion.schedules import (
     SAMPLED_ON,
     SCHEDULES,
@@ -169,7 +169,10 @@ class DiffusionModel(Model):
     def sampler(self, drawing: Drawing, plain: Asked) -> Sampler:
         """The sampler that `drawing` asks for; `plain` tells the variance where that is learned."""
         if drawing.variance is None:
-            return choose(SAMPLERS, drawing.sampler, "sampler")
+            method = choose(SAMPLERS, drawing.sampler, "sampler")
+            if drawing.eta is None or method.how is None:
+                return method
+            return partial(multistep, how=dataclasses.replace(method.how, eta=drawing.eta))
         if drawing.variance == "learned":
             if self.config.diffusion.variance != "learned":
                 raise UserError("This run has not learned a variance; choose posterior, forward or analytic.")
