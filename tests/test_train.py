@@ -311,6 +311,36 @@ def test_time_is_kept(pictures, small, tmp_path):
     assert decisions[0][0] < 0.2 * decisions[-1][1], "the horizon is fixed early"
 
 
+@pytest.mark.parametrize(("seconds", "early"), [(60.0, False), (600.0, True), (None, True)])
+def test_a_short_run_spends_its_time_on_training(tmp_path, monkeypatch, seconds, early):
+    """A preview of ten seconds is 17 % of a minute: only the last one is drawn, and only that one is reckoned with."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from snowmelt.config import TrainingConfig
+    from snowmelt.training import watch
+    from snowmelt.training.plan import Plan
+
+    config = TrainingConfig(steps=100) if seconds is None else TrainingConfig(seconds=seconds)
+    # Of a watch only what the decision needs: it is made without a run, a learner or pictures.
+    one = object.__new__(watch.Watch)
+    one.plan, one.average = Plan(config, tmp_path / "plan.json", [(0, 100)]), SimpleNamespace(applied=nullcontext)
+    one.preview_seconds = one.errors_seconds = 10.0
+    drawn: list[int] = []
+
+    def preview(self: watch.Watch, progress: watch.Progress) -> None:
+        drawn.append(progress.step)
+        self.spent += 10.0
+
+    monkeypatch.setattr(watch.Watch, "preview", preview)
+    monkeypatch.setattr(watch.Watch, "_measure", lambda *_: drawn.append(-1))
+    left = one.seconds_left(5, 50.0)
+    for step in range(1, 101):
+        one.preview_if_due(watch.Progress(step=step, elapsed=6.0 * step))
+    assert drawn[-1] == 100 and (len(drawn) > 1) is early
+    assert left > 10 if early else left == 10
+
+
 def test_bf16_is_active_when_asked_for(pictures, small, tmp_path):
     from snowmelt.device import Precision
     from snowmelt.models import build_learner

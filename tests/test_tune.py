@@ -109,6 +109,40 @@ def test_moved_levels_rise():
             assert [one != two for one, two in zip(levels, other, strict=True)].index(True) == place
 
 
+def test_moves_lead_to_the_least_distance():
+    """Downhill to the noise, end, bend and start with the smallest of a known distance, in no more trials than allowed.
+
+    Each is one move away from where it starts, so that each is found: 2 trials where the first direction is right (the
+    one after it is worse) and 3 where it is not, of the 12 that there are.
+    """
+    start = Drawing(sampler="dpmpp_2m", levels=(-9.0, -4.0, 0.0, 6.0))
+    aim = start
+    for move, way in zip(tune.MOVES, (1, 1, -1, 1), strict=True):
+        aim = move(aim, way)
+    seen: list[Drawing] = []
+
+    def distance(drawing: Drawing) -> float:
+        seen.append(drawing)
+        return sum(abs(one - other) for one, other in zip(shape(drawing), shape(aim), strict=True))
+
+    def shape(drawing: Drawing) -> tuple[float, ...]:
+        first, second, *_, last = drawing.levels
+        return drawing.eta or 0.0, first, last, 5 * (second - first) / (last - first)
+
+    found = tune.improved(distance, tune.Judged(distance(start), start))
+    assert found.distance == pytest.approx(0, abs=1e-9) and found.drawing.levels == pytest.approx(aim.levels)
+    assert len(seen) - 1 <= tune.MOVED and len(set(seen)) == len(seen)
+    assert aim.eta == 0.25 and aim.levels[0] == -8 and aim.levels[-1] == pytest.approx(5)
+
+
+def test_there_are_no_moves_to_where_nothing_is():
+    short = Drawing(sampler="dpmpp_2m", levels=(-0.4, 0.4))
+    assert tune.ended(short, 1) is None and tune.started(short, 1) is None, "the levels would fall"
+    assert tune.ended(Drawing(levels=(0.0, 24.5)), -1) is None, "beyond what is drawn"
+    assert tune.fresher(short, -1) is None and tune.fresher(Drawing(sampler="ipndm"), 1) is None
+    assert tune.fresher(Drawing(), 1) is None and tune.fresher(Drawing(), -1).eta == 0.75
+
+
 # the verb
 
 
@@ -164,7 +198,7 @@ def test_real_pictures_decide(digits, monkeypatch):
     file = tune.tune(options)
     assert json.loads(file.read_text())["steps"]["4"]["sampler"] == "unipc"
     assert {one.sampler for one in seen} >= {"dpmpp_2m", "unipc", "dpmpp_2m_sde"}
-    assert all(len(one.levels) == 4 for one in seen) and len({(one.sampler, one.levels) for one in seen}) == len(seen)
+    assert all(len(one.levels) == 4 for one in seen) and len(set(seen)) == len(seen)
     file.unlink()
 
 
@@ -189,9 +223,10 @@ def test_levels_of_other_weights_are_not_used(digits):
         found = tuned(run, state, asked, sampler=None)
         return None if found == asked else found
 
-    path = keep_tuned(run, state, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0))})
-    assert known_for(3) == Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0))
-    assert known_for(4) is None
+    noisy = Drawing(sampler="dpmpp_2m", eta=0.25, levels=(-6.0, 0.0, 1.0, 5.0))
+    path = keep_tuned(run, state, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)), 4: noisy})
+    assert known_for(3) == Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)) and known_for(4) == noisy
+    assert known_for(5) is None
     known = json.loads(path.read_text())
     of = known["steps"]["3"]
     for damage in (
@@ -199,6 +234,8 @@ def test_levels_of_other_weights_are_not_used(digits):
         {**known, "steps": {"3": {**of, "levels": [3, 1, 2]}}},
         {**known, "steps": {"3": {**of, "levels": [1, 2]}}},
         {**known, "steps": {"3": {**of, "sampler": "magic"}}},
+        {**known, "steps": {"3": {**of, "eta": 0.5}}},
+        {**known, "steps": {"3": {**of, "eta": "much"}}},
         {**known, "steps": {"3": {**of, "levels": [10**400, 1, 2]}}},
         {"steps": 3},
         [],

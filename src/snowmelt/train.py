@@ -322,6 +322,9 @@ def _fitted(
     ask = partial(measure, data=data, device=device, log=log, given=given)
     seconds = config.training.seconds
     # How fast it is as it is decides the batch, and on a GPU the network; then it is asked what makes these faster.
+    if seconds is not None and not gpu:
+        # On a CPU small batches are nearly as fast as large ones, and take a short run less time to try.
+        config = resolve(facts_of(data), options, overrides, images=0)
     measured = ask(config, asked=asked, threads=given.get("threads"), thorough=seconds is None)
     speed = measured.images_per_second
     if seconds is None or speed is None:

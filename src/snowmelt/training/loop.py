@@ -156,10 +156,8 @@ def decide(session: Session, progress: Progress, per_step: float) -> None:
     """Fix the horizon of a run by time, or look at it again."""
     plan, watch = session.plan, session.watch
     if not watch.preview_seconds:
-        watch.preview(progress)
+        watch.foresee()
         progress.elapsed = time.monotonic() - session.started
-        if session.stop.requested:
-            return
     plan.decide(
         progress.step,
         elapsed=progress.elapsed,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,7 @@ from snowmelt import checkpoint
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.device import memory_in_use
+from snowmelt.diffusion.walk import Step
 from snowmelt.ema import Average
 from snowmelt.evaluation.curves import plot_curves
 from snowmelt.evaluation.levels import batch_of, errors_of
@@ -56,6 +58,10 @@ STATUS_SECONDS = 2.0
 """Between writes of status.json."""
 FINISH = 2.0
 """Seconds that the report and the last checkpoint take."""
+PLOT = 1.0
+"""Seconds that the curves of a preview take."""
+PROBED = 12
+"""Pictures whose errors tell how long those of all take."""
 QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
 
@@ -84,7 +90,7 @@ class Watch:
     said: float = 0.0
     written: float = 0.0
     preview_seconds: float = 0.0
-    """Of the last preview."""
+    """Of the last preview, or foreseen for the first one."""
     saving_seconds: float = 0.0
     """Of writing its picture."""
     last: tuple[int, list[Images]] = (-1, [])
@@ -158,8 +164,15 @@ class Watch:
         """How long the previews after `step` will take in a run that may still take `seconds`."""
         horizon = self.plan.horizon(step)
         left = sum(1 for share in PREVIEWS if horizon is None or round(share * horizon) > step)
-        errors = min(left * self.errors_seconds, ERRORS_SHARE * seconds)
-        return min(left * self.preview_seconds, WATCH_SHARE * seconds + self.preview_seconds + errors)
+        previews = WATCH_SHARE * seconds if self._affords(self.preview_seconds, WATCH_SHARE) else 0.0
+        errors = ERRORS_SHARE * seconds if self._affords(self.errors_seconds, ERRORS_SHARE) else 0.0
+        errors = min(left * self.errors_seconds, errors)
+        return min(left * self.preview_seconds, previews + self.preview_seconds + errors)
+
+    def _affords(self, seconds: float, share: float) -> bool:
+        """Whether so many seconds are no more than this share of a run by time."""
+        whole = self.plan.config.seconds
+        return whole is None or seconds <= share * whole
 
     def seconds_of_finish(self) -> float:
         """How long it takes to write the final pictures, a grid and a strip twice as large, and the report."""
@@ -169,13 +182,34 @@ class Watch:
         """Draw the preview of this moment, or measure its errors, if there is one and earlier ones left time for it."""
         if not self.plan.due(progress.step, PREVIEWS):
             return
-        if self.plan.finished(progress.step) or self.spent <= WATCH_SHARE * progress.elapsed:
+        previews = self._affords(self.preview_seconds, WATCH_SHARE) and self.spent <= WATCH_SHARE * progress.elapsed
+        errors = self._affords(self.errors_seconds, ERRORS_SHARE)
+        if self.plan.finished(progress.step) or previews:
             self.preview(progress)
-        elif self.spent_on_errors <= ERRORS_SHARE * progress.elapsed:
+        elif errors and self.spent_on_errors <= ERRORS_SHARE * progress.elapsed:
             begin = time.monotonic()
             with self.average.applied():
                 self._measure(progress, None)
             self.spent_on_errors += time.monotonic() - begin
+
+    def foresee(self) -> None:
+        """How long a preview takes, from small parts of one, which a short run has time for.
+
+        Parts are done twice where they can be, and the second time counts: the first may wake the device up.
+        """
+        errors = 0.0
+        for _ in range(2):
+            begin = time.monotonic()
+            for rows in (self.data.held_out, self.data.train):
+                self._errors(rows[:PROBED])
+            errors = time.monotonic() - begin
+        probed = sum(min(PROBED, len(rows)) for rows in (self.data.held_out, self.data.train))
+        whole = sum(min(HELD_OUT, len(rows)) for rows in (self.data.held_out, self.data.train))
+        self.errors_seconds = errors * whole / max(1, probed)
+        at_once, drawn, begin = self.learner.model.at_once, 0.0, time.monotonic()
+        for _ in islice(self._steps(), 1 if at_once else 2):
+            drawn, begin = time.monotonic() - begin, time.monotonic()
+        self.preview_seconds = (drawn if at_once else drawn * DRAWING.count) + self.errors_seconds + PLOT
 
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
@@ -292,15 +326,19 @@ class Watch:
 
     def _draw(self) -> list[Images] | None:
         """The noisy image at ten moments and the picture; None when the run was asked to stop meanwhile."""
+        moments: list[Images] = []
+        last: list[Images] = []
+        for step in self._steps():
+            moments.append(step.x)
+            if self.stop.requested:
+                return None
+            last = [step.x0]
+        return [*(moments[index] for index in moments_of(len(moments), 10)), *last]
+
+    def _steps(self) -> Iterator[Step]:
+        """From the run's fixed noise to pictures."""
         data, labels = self.run.config.data, self._labels()
         count = 36 if labels is None else len(labels)
         shape = (data.channels, data.size, data.size)
         noise = noise_source([self.run.config.training.seed] * count, range(count), shape, self.device)
-        moments: list[Images] = []
-        last = noise(0)
-        for step in self.learner.model.sample(noise, labels, DRAWING):
-            moments.append(step.x)
-            if self.stop.requested:
-                return None
-            last = step.x0
-        return [*(moments[index] for index in moments_of(len(moments), 10)), last]
+        yield from self.learner.model.sample(noise, labels, DRAWING)
