@@ -89,11 +89,11 @@ class Judged(NamedTuple):
     distance: float
     drawing: Drawing
 
-    def shown(self) -> tuple[str, str]:
-        """The cells of the table."""
+    def words(self) -> str:
+        """How it draws, for the table."""
         levels = self.drawing.levels
         noise = "" if self.drawing.eta is None else f"eta {self.drawing.eta:g}, "
-        return f"{noise}{levels[0]:.1f} to {levels[-1]:.1f}", f"{self.distance:.4g}"
+        return f"{self.drawing.sampler}, {noise}{levels[0]:.1f} to {levels[-1]:.1f}"
 
 
 class Trial(NamedTuple):
@@ -204,20 +204,19 @@ def tune(options: TuneOptions) -> Path:
             count: {name: Judged(judge.distance(one), one) for name, one in these.items()}
             for count, these in candidates.items()
         }
-        best = {count: min(these.items(), key=lambda pair: pair[1].distance) for count, these in judged.items()}
-        moved = {count: improved(judge.distance, one) for count, (_, one) in best.items()}
-    file = keep_tuned(run, state, {count: one.drawing for count, one in moved.items()})
+        best = {count: min(these.values(), key=_distance) for count, these in judged.items()}
+        kept = {count: improved(judge.distance, one) for count, one in best.items()}
+    file = keep_tuned(run, state, {count: one.drawing for count, one in kept.items()})
     usual = list(usual_names())
-    table = Table("steps", "best", "distance", "moved", "distance", *usual)
+    table = Table("steps", "best", "distance", "unmoved", *usual)
     for count, these in judged.items():
-        name, one = best[count]
-        shown = (f"{these[f'{name}, usual levels'].distance:.4g}" for name in usual)
-        table.add_row(str(count), name, f"{one.distance:.4g}", *moved[count].shown(), *shown)
+        shown = (kept[count], best[count], *(these[f"{name}, usual levels"] for name in usual))
+        table.add_row(str(count), kept[count].words(), *(f"{one.distance:.4g}" for one in shown))
     screen.print(table)
     screen.print(
         f"Distances are Frechet distances of {JUDGED} drawn from {len(judge.real):,} training pictures, in the space "
-        "of random convolutions; the last columns are samplers at their usual levels. The best was chosen by these "
-        "distances, so its own flatters it a little."
+        "of random convolutions: of the best, of what it was moved from, and of samplers at their usual levels. It "
+        "was chosen by these distances, so its own flatters it a little."
     )
     screen.print(f"Wrote {file}; snowmelt sample {run.path} --steps {options.counts[-1]} uses it.", markup=False)
     return file
@@ -431,6 +430,10 @@ def moved(levels: tuple[float, ...], place: int, share: float) -> tuple[float, .
 
 def _error(trial: Trial) -> float:
     return trial.error
+
+
+def _distance(judged: Judged) -> float:
+    return judged.distance
 
 
 def _trials(options: TuneOptions) -> int:
