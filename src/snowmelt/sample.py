@@ -6,9 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -20,8 +18,6 @@ from snowmelt.files import make_folder, write_atomic
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from snowmelt.models.base import Drawing, Model
     from snowmelt.run import Run
     from snowmelt.shapes import Images
@@ -30,8 +26,6 @@ MOMENTS = 12
 """Columns of a strip."""
 ROWS = 16
 """Of a strip, at most."""
-WRITERS = 4
-"""Files that are written side by side."""
 MOST = 100_000
 """Pictures in one call."""
 
@@ -117,7 +111,6 @@ def sample(options: SampleOptions) -> list[Path]:
     # Late, so that the command line stays instant.
     import torch
 
-    from snowmelt.data.pixels import to_pixels
     from snowmelt.device import make_precision, pick_device
     from snowmelt.evaluation.drawing import make_ready, tuned
     from snowmelt.models import check_drawing
@@ -136,16 +129,11 @@ def sample(options: SampleOptions) -> list[Path]:
     facts = _facts(run, checkpoint, options, {} if model.at_once else drawing.as_dict())
     files: list[Path] = []
     sheets: list[list[Images]] = []
-    # Files are written while the next pictures are drawn: most of it is waiting for the disk.
-    with make_folder(Path(options.out or run.path / "samples")) as out, ThreadPoolExecutor(WRITERS) as pool:
-        write = partial(_write, out, facts)
-        written: Iterator[list[Path]] = iter(())
+    with make_folder(Path(options.out or run.path / "samples")) as out:
         for group, moments in _drawn(run, model, wanted, drawing, options.batch, strip=options.strip):
-            files += chain.from_iterable(written)
-            written = pool.map(write, group, to_pixels(moments[-1]))
+            files += _write(out, group, moments[-1], facts)
             if options.grid or options.strip:
                 sheets.append(moments)
-        files += chain.from_iterable(written)
         columns = [torch.cat(parts) for parts in zip(*sheets, strict=True)]
         if options.grid:
             files.append(save_png(out / "grid.png", sheet(columns[-1], _columns(wanted), smallest=64)))
@@ -212,16 +200,21 @@ def _drawn(
         yield group, [*(moments[index] for index in moments_of(len(moments), MOMENTS - 1)), pictures]
 
 
-def _write(out: Path, facts: dict[str, Any], one: Wanted, pixels: Tensor) -> list[Path]:
-    """The PNG and the JSON of a picture, uint8 (height, width, channels)."""
+def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
+    """One PNG and one JSON for each picture."""
+    from snowmelt.data.pixels import to_pixels
     from snowmelt.pictures import picture, save_png
 
-    name = None if one.label is None else facts["classes"][one.label]
-    note = {key: value for key, value in facts.items() if key not in ("classes", "drawing")} | facts["drawing"]
-    note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(facts, one, name)}
-    path = save_png(out / f"{one.stem}.png", picture(pixels))
-    write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
-    return [path, path.with_suffix(".json")]
+    files: list[Path] = []
+    for one, pixels in zip(group, to_pixels(images), strict=True):
+        name = None if one.label is None else facts["classes"][one.label]
+        note = {key: value for key, value in facts.items() if key not in ("classes", "drawing")} | facts["drawing"]
+        note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(facts, one, name)}
+        path = out / f"{one.stem}.png"
+        save_png(path, picture(pixels))
+        write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
+        files += [path, path.with_suffix(".json")]
+    return files
 
 
 def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str, Any]) -> dict[str, Any]:

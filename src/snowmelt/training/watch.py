@@ -58,8 +58,8 @@ STATUS_SECONDS = 2.0
 """Between writes of status.json."""
 FINISH = 2.0
 """Seconds that the report and the last checkpoint take."""
-PLOT = 1.0
-"""Seconds that the curves of a preview take."""
+PLOT = 2.0
+"""Seconds that the curves and the picture of a preview take, where it was not seen yet."""
 PROBED = 12
 """Pictures whose errors tell how long those of all take."""
 QUIET_SECONDS = 10.0
