@@ -60,7 +60,7 @@ FINISH = 2.0
 """Seconds that the report and the last checkpoint take."""
 PLOT = 2.0
 """Seconds that the curves and the picture of a preview take, where it was not seen yet."""
-PROBED = 12
+PROBED = 24
 """Pictures whose errors tell how long those of all take."""
 QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
@@ -195,17 +195,13 @@ class Watch:
     def foresee(self) -> None:
         """How long a preview takes, from small parts of one, which a short run has time for.
 
-        Parts are done twice where they can be, and the second time counts: the first may wake the device up.
+        Of the pictures that are drawn the second step counts: the first may wake the device up.
         """
-        errors = 0.0
-        for _ in range(2):
-            begin = time.monotonic()
-            for rows in (self.data.held_out, self.data.train):
-                self._errors(rows[:PROBED])
-            errors = time.monotonic() - begin
-        probed = sum(min(PROBED, len(rows)) for rows in (self.data.held_out, self.data.train))
-        whole = sum(min(HELD_OUT, len(rows)) for rows in (self.data.held_out, self.data.train))
-        self.errors_seconds = errors * whole / max(1, probed)
+        rows = self.data.held_out[:PROBED]
+        begin = time.monotonic()
+        self._errors(rows)
+        whole = sum(min(HELD_OUT, len(one)) for one in (self.data.held_out, self.data.train))
+        self.errors_seconds = (time.monotonic() - begin) * whole / max(1, len(rows))
         at_once, drawn, begin = self.learner.model.at_once, 0.0, time.monotonic()
         for _ in islice(self._steps(), 1 if at_once else 2):
             drawn, begin = time.monotonic() - begin, time.monotonic()
