@@ -200,17 +200,14 @@ def tune(options: TuneOptions) -> Path:
         candidates = {count: candidates_of(bench, costs, count) for count in options.counts}
         progress.update(judging, total=sum(len(these) + MOVED for these in candidates.values()))
         progress.start_task(judging)
-        judged = {
-            count: {name: Judged(judge.distance(one), one) for name, one in these.items()}
-            for count, these in candidates.items()
-        }
-        best = {count: min(these.values(), key=_distance) for count, these in judged.items()}
+        judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}
+        best = {count: min(these, key=_distance) for count, these in judged.items()}
         kept = {count: improved(judge.distance, one) for count, one in best.items()}
     file = keep_tuned(run, state, {count: one.drawing for count, one in kept.items()})
     usual = list(usual_names())
     table = Table("steps", "best", "distance", "unmoved", *usual)
     for count, these in judged.items():
-        shown = (kept[count], best[count], *(these[f"{name}, usual levels"] for name in usual))
+        shown = (kept[count], best[count], *these[: len(usual)])
         table.add_row(str(count), kept[count].words(), *(f"{one.distance:.4g}" for one in shown))
     screen.print(table)
     screen.print(
@@ -311,26 +308,20 @@ def usual_names() -> Iterator[str]:
     yield from dict.fromkeys((*USUAL, Drawing().sampler))
 
 
-def candidates_of(bench: Bench, costs: dict[str, Costs], count: int) -> dict[str, Drawing]:
-    """By what the table calls them: ways to draw in `count` steps, among which real pictures decide.
+def candidates_of(bench: Bench, costs: dict[str, Costs], count: int) -> list[Drawing]:
+    """Ways to draw in `count` steps, among which real pictures decide.
 
-    The one nearest to many steps; the sampler with fresh noise at the levels that suit its like without; usual levels.
+    First usual levels, of the samplers and in the order of `usual_names`; then the one nearest to many steps, and the
+    sampler with fresh noise at the levels that suit its like without, unless they are among those.
     """
     from snowmelt.models.base import Drawing
 
     plain = Drawing().sampler
-    found: dict[str, Drawing] = {}
-    for name in usual_names():
-        usual = bench.model.grid(Drawing(sampler=name, steps=count)).tolist()
-        found[f"{name}, usual levels"] = Drawing(sampler=name, levels=tuple(usual))
-    nearest = searched(bench, costs, count).drawing
-    others = {f"{nearest.sampler}, searched levels": nearest}
+    grids = {name: bench.model.grid(Drawing(sampler=name, steps=count)).tolist() for name in usual_names()}
+    usual = [Drawing(sampler=name, levels=tuple(grid)) for name, grid in grids.items()]
     cost = costs.get(plain.removesuffix("_sde"), next(iter(costs.values())))
-    others[f"{plain}, searched levels"] = Drawing(sampler=plain, levels=levels_of(bench, cost, HALF, count))
-    for name, one in others.items():
-        if one not in found.values():
-            found[name] = one
-    return found
+    noisy = Drawing(sampler=plain, levels=levels_of(bench, cost, HALF, count))
+    return list(dict.fromkeys([*usual, searched(bench, costs, count).drawing, noisy]))
 
 
 def levels_of(bench: Bench, cost: Costs, discount: float, count: int) -> tuple[float, ...]:
