@@ -132,6 +132,15 @@ def test_a_run_out_of_time_ends_at_once(tmp_path):
     assert elapsed <= 130.0
 
 
+def test_time_kept_for_the_last_preview_is_not_trained_in(tmp_path):
+    """At the horizon no preview is to come, so a look there would find its time free, which is drawn in next."""
+    plan = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=100.0))
+    plan.decide(4, elapsed=10.0, per_step=1.0, per_watch=20.0, ending=5.0)
+    # 98.5 - 10 - 20 - 5 = 63.5 steps; one look in (67 - 4) // 16 = 3, so that step 67 is one of theirs.
+    assert plan.horizon(4) == 67 and plan.decides_at(64, 60.0) and plan.finished(67)
+    assert not plan.decides_at(67, 63.0)
+
+
 @pytest.mark.parametrize("machine", [lambda s: 0.1 if s < 0.5 else 0.13, lambda s: 0.9], ids=["slows", "slow"])
 def test_a_reopened_plan_repeats_every_learning_rate(tmp_path, machine):
     """A resumed run knows decisions before it reaches their steps, and must not use them earlier than the first did."""

@@ -80,8 +80,11 @@ class Plan:
         return any(round(fraction * horizon) == step for fraction in fractions)
 
     def decides_at(self, step: int, trained: float) -> bool:
-        """Whether a run by time, having trained for `trained` seconds, should now fix its horizon or look again."""
-        if self.config.seconds is None or any(decided >= step for decided, _ in self.decisions):
+        """Whether a run by time, having trained for `trained` seconds, should now fix its horizon or look again.
+
+        At the horizon itself no longer: the learning rate has come down to zero, and time that is left is left.
+        """
+        if self.config.seconds is None or any(decided >= step for decided, _ in self.decisions) or self.finished(step):
             return False
         if not self.decisions:
             return step >= 3 and trained >= MEASURE * self.config.seconds

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import isfinite
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -62,6 +62,8 @@ PLOT = 2.0
 """Seconds that the curves and the picture of a preview take, where it was not seen yet."""
 PROBED = 24
 """Pictures whose errors tell how long those of all take."""
+PROBED_STEPS, PROBING = 6, 0.01
+"""Steps of a preview that tell how long all take: so many, or fewer where they take this share of the time."""
 QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
 
@@ -195,17 +197,23 @@ class Watch:
     def foresee(self) -> None:
         """How long a preview takes, from small parts of one, which a short run has time for.
 
-        Of the pictures that are drawn the second step counts: the first may wake the device up.
+        Of the steps that draw it the first does not count, since it may wake the device up, and of the others the
+        median: beside other processes a single one may take several times as long as the next.
         """
         rows = self.data.held_out[:PROBED]
         begin = time.monotonic()
         self._errors(rows)
         whole = sum(min(HELD_OUT, len(one)) for one in (self.data.held_out, self.data.train))
         self.errors_seconds = (time.monotonic() - begin) * whole / max(1, len(rows))
-        at_once, drawn, begin = self.learner.model.at_once, 0.0, time.monotonic()
-        for _ in islice(self._steps(), 1 if at_once else 2):
-            drawn, begin = time.monotonic() - begin, time.monotonic()
-        self.preview_seconds = (drawn if at_once else drawn * DRAWING.count) + self.errors_seconds + PLOT
+        most = PROBING * (self.plan.config.seconds or 0.0)
+        at_once, taken, begin = self.learner.model.at_once, list[float](), time.monotonic()
+        for _ in islice(self._steps(), 1 if at_once else PROBED_STEPS):
+            taken.append(time.monotonic() - begin)
+            if len(taken) > 1 and sum(taken) > most:
+                break
+            begin = time.monotonic()
+        drawn = taken[0] if at_once else median(taken[1:]) * DRAWING.count
+        self.preview_seconds = drawn + self.errors_seconds + PLOT
 
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
