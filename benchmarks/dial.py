@@ -81,6 +81,8 @@ def _toml(**sections: dict[str, Any]) -> str:
 
 def cell(data: Path, minutes: float, name: str, options: Options) -> dict[str, Any]:
     """One run: how long it took, what it saw, and how near to real pictures it draws."""
+    import torch
+
     from contest import train_snowmelt
     from snowmelt.data.prepared import open_prepared
     from snowmelt.evaluating.draw import draw
@@ -95,7 +97,7 @@ def cell(data: Path, minutes: float, name: str, options: Options) -> dict[str, A
     folder = options.out / f"{data.parent.name}-{minutes:g}-{name.strip('-').replace(' ', '-')}"
     more: list[str] = []
     if name != DIAL:
-        settings = folder.with_suffix(".toml")
+        settings = folder.with_name(f"{folder.name}.toml")
         settings.write_text(presets(facts_of(prepared))[name], encoding="utf-8")
         more = ["--config", str(settings)]
     begin = time.monotonic()
@@ -103,7 +105,7 @@ def cell(data: Path, minutes: float, name: str, options: Options) -> dict[str, A
     taken = time.monotonic() - begin
     run, asked = Run.open(folder), EvaluateOptions(folder, samples=options.samples, seed=options.seed)
     drawn = draw(order_of(run, asked), 0)
-    save_png(folder.with_suffix(".png"), sheet_of_pixels(drawn.pixels[:64], 8))
+    save_png(folder.with_name(f"{folder.name}.png"), sheet_of_pixels(torch.from_numpy(drawn.pixels[:64]), 8))
     spaces = spaces_of(prepared, asked, Log(console(), options.out / "log.txt"))
     figures = in_spaces(spaces, prepared, drawn, seed=options.seed, names=("frechet", "kid"))
     return {
@@ -112,9 +114,9 @@ def cell(data: Path, minutes: float, name: str, options: Options) -> dict[str, A
         "parameters": status["parameters"],
         "batch": run.config.training.batch,
         "distances": {
-            figure.space: [figure.value, figure.low, figure.high] for figure in figures if figure.name == "frechet"
+            figure.space: [figure.value, figure.low, figure.high] for figure in figures if figure.metric == "frechet"
         },
-        "kid": {figure.space: [figure.value, figure.low, figure.high] for figure in figures if figure.name == "kid"},
+        "kid": {figure.space: [figure.value, figure.low, figure.high] for figure in figures if figure.metric == "kid"},
     }
 
 
