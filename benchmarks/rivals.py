@@ -24,6 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snowmelt.config import TrainingConfig
+from snowmelt.ema import Average
+from snowmelt.models.optimizer import Optimizer
+from snowmelt.training.plan import Plan
+
 RATE, CLIP = 1e-4, 1.0
 """Learning rate and largest norm of the gradient of both scripts."""
 
@@ -107,25 +112,16 @@ def diffusers_tuned(
     from diffusers import UNet2DModel
     from torch.nn import functional
 
-    from snowmelt.config import TrainingConfig
-    from snowmelt.ema import Average
-    from snowmelt.models.optimizer import Optimizer
-    from snowmelt.training.plan import Plan
-
     torch.manual_seed(seed)
-    model, noising = UNet2DModel(**settings), _ddpm()
-    training = TrainingConfig(steps=updates, batch=batch, learning_rate=3e-3)
-    plan, optimizer, average = Plan.open(Path(), training), Optimizer(model, training), Average(model, training.average)
-    order, count = batches(pictures, batch), itertools.count(1)
+    model, noising, order = UNet2DModel(**settings), _ddpm(), batches(pictures, batch)
 
-    def step() -> None:
-        done, images = next(count), next(order)
+    def loss() -> Tensor:
+        images = next(order)
         noise = torch.randn_like(images)
         times = torch.randint(0, 1000, (batch,))
-        functional.mse_loss(model(noising.add_noise(images, noise, times), times).sample, noise).backward()
-        # At least 0, should there be time for more updates than were foreseen.
-        optimizer.step(max(0.0, plan.learning_rate(done)))
-        average.update(done)
+        return functional.mse_loss(model(noising.add_noise(images, noise, times), times).sample, noise)
+
+    step, average = _tuned(model, loss, batch, updates)
 
     def finished() -> Callable[[Tensor, Tensor], Tensor]:
         averaged = copy.deepcopy(model).eval()
@@ -133,6 +129,24 @@ def diffusers_tuned(
         return _by_noise(averaged, noising)
 
     return Rival(step, model, finished)
+
+
+def _tuned(
+    model: nn.Module, loss: Callable[[], Tensor], batch: int, updates: int
+) -> tuple[Callable[[], None], Average]:
+    """A step of `model` with the optimizer and learning rate of Snowmelt, laid out for `updates`, and its averaging."""
+    training = TrainingConfig(steps=updates, batch=batch, learning_rate=3e-3)
+    plan, optimizer, average = Plan.open(Path(), training), Optimizer(model, training), Average(model, training.average)
+    count = itertools.count(1)
+
+    def step() -> None:
+        done = next(count)
+        loss().backward()
+        # At least 0, should there be time for more updates than were foreseen.
+        optimizer.step(max(0.0, plan.learning_rate(done)))
+        average.update(done)
+
+    return step, average
 
 
 def _ddpm() -> Any:
@@ -152,23 +166,18 @@ def _by_noise(model: Any, noising: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _without(package: str, *names: str) -> None:
     """Let a package that is not installed, and not used, be imported."""
-    if find_spec(package) is None:
+    if package not in sys.modules and find_spec(package) is None:
         empty = types.ModuleType(package)
         for name in names:
             setattr(empty, name, None)
         sys.modules[package] = empty
 
 
-def denoising_diffusion_pytorch(pictures: Tensor, batch: int, *, width: int = 32, seed: int = 0) -> Rival:
+def denoising_diffusion_pytorch(pictures: Tensor, batch: int, *, seed: int = 0) -> Rival:
     """A step of its `Trainer`, with its defaults, on a small `Unet`."""
-    _without("torchvision", "transforms", "utils")
-    _without("accelerate", "Accelerator")
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    model, process = _gaussian_diffusion(pictures, seed)
     from ema_pytorch import EMA
 
-    torch.manual_seed(seed)
-    model = Unet(dim=width, dim_mults=(1, 2, 4), channels=pictures.shape[1])
-    process = GaussianDiffusion(model, image_size=pictures.shape[-1])
     ema = EMA(process, beta=0.995, update_every=10)
     optimizer = torch.optim.Adam(process.parameters(), lr=RATE, betas=(0.9, 0.99))
     order = batches(pictures / 2 + 0.5, batch)
@@ -181,16 +190,41 @@ def denoising_diffusion_pytorch(pictures: Tensor, batch: int, *, width: int = 32
         optimizer.zero_grad()
         ema.update()
 
+    return Rival(step, model, lambda: _by_predictions(ema.ema_model.eval()))
+
+
+def denoising_diffusion_pytorch_tuned(pictures: Tensor, batch: int, *, updates: int = 100_000, seed: int = 0) -> Rival:
+    """Its network, loss, noise and batch, with the optimizer, learning rate and averaging of Snowmelt."""
+    model, process = _gaussian_diffusion(pictures, seed)
+    order = batches(pictures / 2 + 0.5, batch)
+    step, average = _tuned(model, lambda: process(next(order)), batch, updates)
+
     def finished() -> Callable[[Tensor, Tensor], Tensor]:
-        averaged = ema.ema_model.eval()
-
-        def picture(x: Tensor, time: int, _alpha: float, _sigma: float) -> Tensor:
-            times = torch.full((len(x),), time, dtype=torch.long)
-            return averaged.model_predictions(x, times).pred_x_start
-
-        return at_table(averaged.alphas_cumprod, picture)
+        averaged = copy.deepcopy(process).eval()
+        averaged.model.load_state_dict(average.state())
+        return _by_predictions(averaged)
 
     return Rival(step, model, finished)
+
+
+def _gaussian_diffusion(pictures: Tensor, seed: int, width: int = 32) -> tuple[nn.Module, Any]:
+    """A small `Unet` of denoising-diffusion-pytorch, and its process."""
+    _without("torchvision", "transforms", "utils")
+    _without("accelerate", "Accelerator")
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+    torch.manual_seed(seed)
+    model = Unet(dim=width, dim_mults=(1, 2, 4), channels=pictures.shape[1])
+    return model, GaussianDiffusion(model, image_size=pictures.shape[-1])
+
+
+def _by_predictions(process: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Its denoiser."""
+
+    def picture(x: Tensor, time: int, _alpha: float, _sigma: float) -> Tensor:
+        return process.model_predictions(x, torch.full((len(x),), time, dtype=torch.long)).pred_x_start
+
+    return at_table(process.alphas_cumprod, picture)
 
 
 def at_table(

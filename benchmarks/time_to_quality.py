@@ -14,9 +14,10 @@ rivals for `--minutes` with the settings of their own scripts on a small network
 
 A rival's clock begins with its first update, Snowmelt's with the command. What is chosen for the rivals, beyond their
 scripts: `diffusers` trains a U-Net of 3.7 million parameters in fp32 or, as `diffusers bf16`, under autocast, and its
-cosine learning rate is laid out for the updates that fit into the time; `diffusers tuned` is the same network, loss
-and batch with the optimizer, learning rate and averaging of Snowmelt; denoising-diffusion-pytorch trains a `Unet` of
-width 32. A rival asked about a level answers for the nearest step of its table. How to install them: rivals.py.
+cosine learning rate is laid out for the updates that fit into the time; denoising-diffusion-pytorch trains a `Unet` of
+width 32. `diffusers tuned` and `denoising-diffusion-pytorch tuned` are the same networks, losses and batches with the
+optimizer, learning rate and averaging of Snowmelt. A rival asked about a level answers for the nearest step of its
+table. How to install them: rivals.py.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     import torch
 
     from contest import train_for, updates_in
-    from rivals import denoising_diffusion_pytorch, diffusers, diffusers_tuned
+    from rivals import denoising_diffusion_pytorch, denoising_diffusion_pytorch_tuned, diffusers, diffusers_tuned
     from snowmelt.data.pixels import to_images
     from snowmelt.data.prepared import open_prepared
     from snowmelt.data.workers import cores
@@ -105,6 +106,9 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
         make = diffusers_tuned if name.endswith("tuned") else partial(diffusers, bf16=name.endswith("bf16"))
         updates = updates_in(seconds, make(pictures, settings, SCRIPT_BATCH))
         rival = make(pictures, settings, SCRIPT_BATCH, updates=updates, seed=seed)
+    elif name.endswith("tuned"):
+        updates = updates_in(seconds, denoising_diffusion_pytorch_tuned(pictures, SCRIPT_BATCH))
+        rival = denoising_diffusion_pytorch_tuned(pictures, SCRIPT_BATCH, updates=updates, seed=seed)
     else:
         rival = denoising_diffusion_pytorch(pictures, SCRIPT_BATCH, seed=seed)
     steps = train_for(seconds, rival)
