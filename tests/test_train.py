@@ -305,8 +305,8 @@ def test_time_is_kept(pictures, small, tmp_path):
     begin = time.monotonic()
     assert start(pictures, tmp_path / "run", small, "--for", "30s") == 0
     taken = time.monotonic() - begin
-    # 5 % of 30 s is 1.5 s; the lower bound is looser because a shared machine may suddenly become faster at the end, and
-    # then draws and plots in two seconds what it was seen to need seven for.
+    # 5 % of 30 s is 1.5 s; the lower bound is looser because a shared machine may suddenly become faster at the end,
+    # and then draws and plots in two seconds what it was seen to need seven for.
     assert 22 < taken < 31.5
     decisions = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert decisions[0][0] < 0.2 * decisions[-1][1], "the horizon is fixed early"
@@ -340,6 +340,22 @@ def test_a_short_run_spends_its_time_on_training(tmp_path, monkeypatch, seconds,
         one.preview_if_due(watch.Progress(step=step, elapsed=6.0 * step))
     assert drawn[-1] == 100 and (len(drawn) > 1) is early
     assert left > 10 if early else left == 10
+
+
+def test_what_previews_take_follows_the_machine():
+    """Foreseen beside another process that has gone since: an update takes a quarter of the time, and so does a
+    preview, but for the two seconds of its plot."""
+    from snowmelt.training import watch
+
+    one = object.__new__(watch.Watch)
+    one.preview_seconds, one.errors_seconds = 10.0, 1.0
+    one.keep_pace(0.4)
+    assert (one.preview_seconds, one.errors_seconds) == (10.0, 1.0)
+    one.keep_pace(0.1)
+    assert one.preview_seconds == pytest.approx(4.0) and one.errors_seconds == pytest.approx(0.25)
+    one.preview_seconds = 1.0
+    one.keep_pace(0.2)
+    assert one.preview_seconds == 1.0, "less than a plot is known of it"
 
 
 def test_bf16_is_active_when_asked_for(pictures, small, tmp_path):

@@ -97,7 +97,8 @@ def fit(session: Session, progress: Progress) -> Progress:
         if session.device.type == "cpu" or progress.step != first:
             # The first update of a process wakes a GPU up, and may compile.
             taken = time.monotonic() - begin
-            durations = [*durations, *[taken / together] * together][-100:]
+            recent = min(100, max(10, progress.step // 4))
+            durations = [*durations, *[taken / together] * together][-recent:]
             trained += taken
         if durations and plan.decides_at(progress.step, trained):
             decide(session, progress, fmean(durations))
@@ -158,6 +159,7 @@ def decide(session: Session, progress: Progress, per_step: float) -> None:
     if not watch.preview_seconds:
         watch.foresee()
         progress.elapsed = time.monotonic() - session.started
+    watch.keep_pace(per_step)
     plan.decide(
         progress.step,
         elapsed=progress.elapsed,

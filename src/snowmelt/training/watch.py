@@ -99,6 +99,8 @@ class Watch:
     """The moments that the preview of the last step drew, which are the final pictures, and that step."""
     errors_seconds: float = 0.0
     """Of the errors in it."""
+    pace: float = 0.0
+    """Seconds of an update, as these belong to."""
     spent: float = 0.0
     """Seconds on previews so far, in this process."""
     spent_on_errors: float = 0.0
@@ -175,6 +177,18 @@ class Watch:
         """Whether so many seconds are no more than this share of a run by time."""
         whole = self.plan.config.seconds
         return whole is None or seconds <= share * whole
+
+    def keep_pace(self, per_step: float) -> None:
+        """Scale what a preview and its errors take to the time that an update takes now.
+
+        They were seen, or foreseen, when it took another time: a machine that other processes have left draws faster
+        too. Plotting, which is hardly shared among cores, stays what it is.
+        """
+        change = per_step / (self.pace or per_step)
+        plotting = min(PLOT, self.preview_seconds)
+        self.preview_seconds = plotting + (self.preview_seconds - plotting) * change
+        self.errors_seconds *= change
+        self.pace = per_step
 
     def seconds_of_finish(self) -> float:
         """How long it takes to write the final pictures, a grid and a strip twice as large, and the report."""
