@@ -99,6 +99,7 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     from snowmelt.presets import facts_of
     from snowmelt.seeds import generator
     from snowmelt.training.session import measure as measured
+    from snowmelt.training.session import precision_of
 
     pixels = np.random.default_rng(0).integers(0, 256, (PICTURES, SIZE, SIZE, CHANNELS), dtype=np.uint8)
     rows = np.arange(PICTURES)
@@ -109,10 +110,7 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     cpu = torch.device("cpu")
     threads = torch.get_num_threads()
     config = measured(config, data, cpu, asked="auto", threads=threads, log=lambda _: None).settled(config)
-    from snowmelt.device import make_precision
-
-    precision = make_precision(cpu, config.training.precision)
-    learner = build_learner(config, precision)
+    learner = build_learner(config, precision_of(config.training, cpu))
     average = Average(learner.averaged, config.training.average)
     stream = Stream(data, batch=batch, seed=0, flip=False, workers=0, device=cpu)
     done = 0

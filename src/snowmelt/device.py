@@ -29,10 +29,14 @@ class Precision:
     compiled: bool = False
     """Whether the network is compiled for training, where it can be."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format."""
+        return DTYPES[self.name]
+
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which a network computes in this precision."""
-        dtype = DTYPES[self.name]
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def assert_active(self, network: nn.Module, run: Callable[[], object]) -> None:
         """Run `run` once and check that the first convolution of `network` really answers in this precision.
@@ -46,7 +50,7 @@ class Precision:
             run()
         finally:
             hook.remove()
-        if not seen or seen[0] != DTYPES[self.name]:
+        if not seen or seen[0] != self.dtype:
             raise RuntimeError(f"precision {self.name} was asked for but {seen} is active")
 
 

@@ -206,7 +206,7 @@ class DiffusionLearner:
         self.levels = choose(LEVELS, self.config.diffusion.levels, "distribution of levels")(model.schedule)
         self.weight = choose(WEIGHTS, self.config.diffusion.weight, "weight")
         self.learns_variance = self.config.diffusion.variance == "learned"
-        self.optimizer = Optimizer(model, self.config.training)
+        self.optimizer = Optimizer(model, self.config.training, dtype=model.precision.dtype)
         self.waits = model.precision.device.type != "cuda"
         """Whether each step is waited for, or only some: a GPU stands still while it is waited for."""
 

@@ -120,8 +120,8 @@ class GANLearner:
         self.distance = data.channels * data.size**2 * data.std**2
         self.seen = 0
         self.optimizers = {
-            "generator": Optimizer(model, training, betas=BETAS),
-            "critic": Optimizer(self.critic, training, betas=BETAS),
+            "generator": Optimizer(model, training, dtype=model.precision.dtype, betas=BETAS),
+            "critic": Optimizer(self.critic, training, dtype=model.precision.dtype, betas=BETAS),
         }
 
     @property

@@ -22,31 +22,39 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 LONG = 2
 """From this many columns for each row on, it is less work to multiply the polynomials first."""
+PHASES = {torch.float32: (ITERATIONS,), torch.bfloat16: (3, 2)}
+"""How many iterations' polynomials are multiplied before x is: in bfloat16 more would be too inexact."""
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(count, rows, columns): about the nearest orthogonal matrix to each, by Newton and Schulz.
 
     Every iteration multiplies x by a polynomial of x x^T, so where x is long its products can wait: the polynomials are
-    multiplied first, and x by them once. That is 2.5 times less work for a kernel of 3 x 3. In bfloat16 the products
-    of products would be too inexact.
+    multiplied first, and x by them once. That is 2.5 times less work for a kernel of 3 x 3, in float32.
+
+    Args:
+        dtype: that products are computed in, float32 or bfloat16; the answer has it too.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    if x.dtype == torch.bfloat16 or x.shape[2] < LONG * x.shape[1]:
+    x = (matrices.mT if tall else matrices).to(dtype)
+    scale = 1 / matrices.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    if x.shape[2] < LONG * x.shape[1]:
+        x = x * scale.to(dtype)
         for _ in range(ITERATIONS):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    else:
-        gram = x @ x.mT
+        return x.mT if tall else x
+    for iterations in PHASES[dtype]:
+        # Scaling the small matrices spares a copy of the long ones.
+        gram = ((x @ x.mT) * scale**2).to(dtype)
         product = factor = _polynomial(gram)
-        for _ in range(ITERATIONS - 1):
+        for _ in range(iterations - 1):
             gram = factor @ gram @ factor
             factor = _polynomial(gram)
             product = factor @ product
-        x = product @ x
+        x = (product * scale).to(dtype) @ x
+        scale = torch.ones_like(scale)
     return x.mT if tall else x
 
 
@@ -58,8 +66,15 @@ def _polynomial(gram: Tensor) -> Tensor:
     return factor
 
 
+ROOM = 2**22
+"""Numbers in all matrices that a processor makes orthogonal together: more do not stay in its caches."""
+
+
 class Muon(torch.optim.Optimizer):
     """See the module; all parameters are matrices.
+
+    Args:
+        dtype: that products are computed in on a CPU; on a GPU it is bfloat16.
 
     Attributes:
         found_inf: on the device, 1 for a gradient that is not finite: `step` then changes nothing. As in `torch.amp`.
@@ -67,8 +82,16 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Iterable[nn.Parameter], *, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        weight_decay: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(list(params), {"lr": 1e-3, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -79,7 +102,9 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     shapes.setdefault(weight.shape, []).append(weight)
             for weights in shapes.values():
-                self._update(weights, group)
+                together = len(weights) if weights[0].is_cuda else max(1, ROOM // weights[0].numel())
+                for first in range(0, len(weights), together):
+                    self._update(weights[first : first + together], group)
 
     def _update(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         rate, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
@@ -101,7 +126,7 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(gradient, share)
             directions.append(gradient.lerp(buffer, momentum))
         stack = torch.stack(directions)
-        updates = orthogonal(stack.bfloat16() if stack.is_cuda else stack)
+        updates = orthogonal(stack, torch.bfloat16 if stack.is_cuda else self.dtype)
         if finite is not None:
             updates = updates * finite
         scale = rate * 0.2 * max(stack.shape[1:]) ** 0.5

@@ -47,10 +47,18 @@ class Optimizer:
     """Updates the weights of a module, and gives its own state as tensors named after them.
 
     Args:
+        dtype: of Muon's products, where the device leaves a choice.
         betas: of AdamW.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, *, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: TrainingConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ) -> None:
         self.module, self.clip = module, config.clip
         self.sources = OPTIMIZERS[config.optimizer](module)
         # Muon takes matrices only: it is given views of the kernels that share their memory.
@@ -66,7 +74,7 @@ class Optimizer:
         # Fused, because it is the fastest on every device.
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, fused=True)]
         if flat:
-            self.parts.append(Muon(flat.values(), weight_decay=decay))
+            self.parts.append(Muon(flat.values(), weight_decay=decay, dtype=dtype))
 
     def step(self, learning_rate: float) -> bool:
         """Clip the gradients and step; if their norm is not finite leave every weight as it is and return False."""

@@ -300,7 +300,7 @@ class VAELearner:
 
     def __init__(self, model: VAEModel) -> None:
         self.model, self.config = model, model.config
-        self.optimizer = Optimizer(model, self.config.training)
+        self.optimizer = Optimizer(model, self.config.training, dtype=model.precision.dtype)
         self.critic = Critic(self.config, model.precision) if self.config.vae.adversarial else None
 
     @property

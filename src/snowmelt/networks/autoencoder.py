@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snowmelt.config import VAEConfig
+from snowmelt.networks.group_norm import GroupNorm
 from snowmelt.networks.layers import Attention, Downsample, ResnetBlock, Upsample
 from snowmelt.shapes import Answers, Features, Images, Labels
 
@@ -45,13 +46,13 @@ class Encoder(nn.Module):
         self.patch, widths = config.patch, config.channels
         self.conv_in = nn.Conv2d(channels * config.patch**2, widths[0], 3, padding=1)
         self.body = Told(*_down(config), *_middle(config))
-        self.norm = nn.GroupNorm(config.groups, widths[-1], eps=EPSILON)
+        self.norm = GroupNorm(config.groups, widths[-1], epsilon=EPSILON)
         self.head = _vector_head(config, side, out) if config.is_vector else nn.Conv2d(widths[-1], out, 1)
 
     def forward(self, images: Images, embedding: Features) -> Tensor:
         """(batch, out) or (batch, out, height, width)."""
         x = self.conv_in(F.pixel_unshuffle(images, self.patch) if self.patch > 1 else images)
-        return self.head(F.silu(self.norm(self.body(x, embedding))))
+        return self.head(self.norm(self.body(x, embedding)))
 
 
 class Decoder(nn.Module):
@@ -62,11 +63,11 @@ class Decoder(nn.Module):
         self.patch, widths = config.patch, config.channels
         self.tail = _vector_tail(config, side) if config.is_vector else nn.Conv2d(config.latents, widths[-1], 1)
         self.body = Told(*_middle(config), *_up(config))
-        self.norm = nn.GroupNorm(config.groups, widths[0], eps=EPSILON)
+        self.norm = GroupNorm(config.groups, widths[0], epsilon=EPSILON)
         self.conv_out = nn.Conv2d(widths[0], out * config.patch**2, 3, padding=1)
 
     def forward(self, latents: Tensor, embedding: Features) -> Answers:
-        x = self.conv_out(F.silu(self.norm(self.body(self.tail(latents), embedding))))
+        x = self.conv_out(self.norm(self.body(self.tail(latents), embedding)))
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
 

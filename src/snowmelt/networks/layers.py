@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from snowmelt.networks.group_norm import GroupNorm
+
 
 def sinusoids(
     time: Float[Tensor, " batch"], width: int, *, shift: float = 0.0, sines_first: bool = False
@@ -48,18 +50,18 @@ def bias_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
     return layer.bias
 
 
-def scale_shift(norm: nn.GroupNorm, x: Tensor, told: Tensor) -> Tensor:
+def scale_shift(norm: GroupNorm, x: Tensor, told: Tensor) -> Tensor:
     """The norm of `x`, scaled and shifted by the two halves of what the block was told."""
     scale, shift = told.chunk(2, dim=1)
-    return torch.addcmul(shift, norm(x), 1 + scale)
+    return norm(x, scale, shift)
 
 
-def add(norm: nn.GroupNorm, x: Tensor, told: Tensor) -> Tensor:
+def add(norm: GroupNorm, x: Tensor, told: Tensor) -> Tensor:
     """The norm of the sum of `x` and what the block was told."""
-    return norm(x + told)
+    return norm(x + told[:, :, None, None])
 
 
-EMBEDDINGS: dict[str, tuple[Callable[[nn.GroupNorm, Tensor, Tensor], Tensor], int]] = {
+EMBEDDINGS: dict[str, tuple[Callable[[GroupNorm, Tensor, Tensor], Tensor], int]] = {
     "scale_shift": (scale_shift, 2),
     "add": (add, 1),
 }
@@ -79,10 +81,10 @@ class ResnetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.tell, values = EMBEDDINGS[enters]
-        self.norm1 = nn.GroupNorm(groups, channels, eps=epsilon)
+        self.norm1 = GroupNorm(groups, channels, epsilon=epsilon)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, values * out)
-        self.norm2 = nn.GroupNorm(groups, out, eps=epsilon)
+        self.norm2 = GroupNorm(groups, out, epsilon=epsilon)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
@@ -91,9 +93,9 @@ class ResnetBlock(nn.Module):
         nn.init.zeros_(bias_of(self.conv2))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.tell(self.norm2, hidden, self.time_emb_proj(F.silu(embedding))[:, :, None, None])
-        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(hidden)))
+        hidden = self.conv1(self.norm1(x))
+        hidden = self.tell(self.norm2, hidden, self.time_emb_proj(F.silu(embedding)))
+        return self.conv_shortcut(x) + self.conv2(self.dropout(hidden))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, *, head_channels: int, groups: int, epsilon: float) -> None:
         super().__init__()
         self.heads = max(1, channels // head_channels)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=epsilon) if groups else nn.Identity()
+        self.group_norm = GroupNorm(groups, channels, epsilon=epsilon, silu=False) if groups else nn.Identity()
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

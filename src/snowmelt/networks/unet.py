@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snowmelt.config import UNetConfig
+from snowmelt.networks.group_norm import GroupNorm
 from snowmelt.networks.layers import Attention, Downsample, ResnetBlock, TimeEmbedding, Upsample, bias_of, sinusoids
 from snowmelt.shapes import Answers, Images, Labels, Levels
 
@@ -100,7 +101,7 @@ class UNet(nn.Module):
         self.down_blocks, bridges = self._down(config)
         self.mid_block = MidBlock(widths[-1], config=config)
         self.up_blocks = self._up(config, bridges)
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=config.epsilon)
+        self.conv_norm_out = GroupNorm(config.groups, widths[0], epsilon=config.epsilon)
         self.conv_out = nn.Conv2d(widths[0], (out or channels) * config.patch**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(bias_of(self.conv_out))
@@ -146,7 +147,7 @@ class UNet(nn.Module):
         hidden = self.mid_block(maps[-1], embedding)
         for up in self.up_blocks:
             hidden = up(hidden, maps, embedding)
-        out = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        out = self.conv_out(self.conv_norm_out(hidden))
         return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
 
 

@@ -32,6 +32,7 @@ from snowmelt.ema import Average
 from snowmelt.errors import Stopped, UserError
 from snowmelt.models import build_learner
 from snowmelt.models.base import Learner
+from snowmelt.networks.group_norm import channels_last_pays
 from snowmelt.presets import threads_for
 from snowmelt.run import Run
 from snowmelt.seeds import generator
@@ -124,6 +125,9 @@ def measure(
     batch = stream.at(0)
 
     start = precision_of(config.training, device)
+    if "layout" not in given and channels_last_pays(device):
+        start = dataclasses.replace(start, layout="channels_last")
+        log("channels_last: yes (its group norm could be compiled).")
 
     def step(precision: Precision) -> None:
         if precision not in learners:
@@ -143,6 +147,8 @@ def measure(
     if thorough and taken is not None:
         length = config.training.seconds or (config.training.steps or 0) * taken
         changes = [name for name in changes_for(device, length) if name not in given]
+        if start.layout == "channels_last":
+            changes = [name for name in changes if name != "layout"]
         if is_gpu(device) and "compile" not in (*changes, *given):
             log("compiled: no (so short a training does not wait for the compiler).")
         learners.clear()  # of which each takes memory

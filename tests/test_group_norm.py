@@ -1,0 +1,143 @@
+"""The compiled group norm beside torch's own in double precision, and that all goes on without it."""
+
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from snowmelt.config import UNetConfig
+from snowmelt.networks import group_norm
+from snowmelt.networks.group_norm import GroupNorm, channels_last_pays, compiled, kernels_for
+from snowmelt.networks.unet import UNet
+
+CPU = torch.device("cpu")
+TYPES = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
+"""By type: the largest error for each part of the largest value. bfloat16 rounds what it is given and gives by 2^-9."""
+
+
+@pytest.fixture
+def compiler():
+    if compiled(torch.float32) is None:
+        pytest.skip("there is no C compiler here that makes group_norm.c")
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """A machine whose compiler is not there."""
+
+    def missing(*_given, **_named):
+        raise FileNotFoundError("cc")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    compiled.cache_clear()
+    yield
+    compiled.cache_clear()
+
+
+def last(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    made = 3 + 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return made.to(dtype).to(memory_format=torch.channels_last)
+
+
+def away(one: torch.Tensor | None, other: torch.Tensor | None) -> float:
+    assert one is not None and other is not None and one.shape == other.shape
+    return float((one.double() - other).detach().abs().max() / other.detach().abs().max())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("shape", [(3, 24, 5, 7), (1, 64, 16, 16), (5, 32, 3, 1)])
+def test_it_is_torchs_norm_and_its_gradient(compiler, dtype, silu, told, shape):
+    norm = GroupNorm(8, shape[1], epsilon=1e-5, silu=silu)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = last(*shape, dtype=dtype, seed=0).requires_grad_()
+    # What a block is told comes from a linear layer, and has its type.
+    scale, shift = (torch.randn(shape[:2]).to(dtype).requires_grad_() for _ in range(2)) if told else (None, None)
+    assert kernels_for(x) is not None
+    answer = norm(x, scale, shift)
+    assert answer.dtype == dtype and answer.is_contiguous(memory_format=torch.channels_last)
+    slope = last(*shape, dtype=dtype, seed=1).contiguous()
+    answer.backward(slope)
+
+    given = [t.detach().double().requires_grad_() for t in (x, norm.weight, norm.bias)]
+    asked = [None if t is None else t.detach().double().requires_grad_() for t in (scale, shift)]
+    exact = F.group_norm(given[0], 8, given[1], given[2], 1e-5)
+    if asked[0] is not None and asked[1] is not None:
+        exact = exact * (1 + asked[0][:, :, None, None]) + asked[1][:, :, None, None]
+    exact = F.silu(exact) if silu else exact
+    exact.backward(slope.double())
+    bound = TYPES[dtype]
+    assert away(answer, exact) < bound
+    assert away(x.grad, given[0].grad) < bound
+    # Sums over many places: float32 whatever the maps are.
+    assert away(norm.weight.grad, given[1].grad) < 1e-5 and away(norm.bias.grad, given[2].grad) < 1e-5
+    for mine, reference in zip((scale, shift), asked, strict=True):
+        if mine is not None and reference is not None:
+            assert away(mine.grad, reference.grad) < bound
+
+
+def test_values_that_are_not_numbers_stay_so_and_large_ones_do_not_overflow(compiler):
+    """A picture with a NaN is lost, its neighbours are not; SiLU goes to h and to 0 far out."""
+    for dtype in TYPES:
+        norm = GroupNorm(2, 4, epsilon=1e-5)
+        x = last(3, 4, 4, 4, dtype=dtype, seed=2)
+        x[1, 0, 0, 0] = float("nan")
+        answer = norm(x)
+        assert answer[1, :2].isnan().all() and answer[[0, 2]].isfinite().all() and answer[1, 2:].isfinite().all()
+        far = torch.tensor([[-1e4] * 4, [1e4] * 4])
+        told = norm(last(2, 4, 4, 4, dtype=dtype, seed=3), torch.zeros(2, 4), far)
+        assert (told[0].abs() < 1e-6).all() and ((told[1] - 1e4).abs() < 100).all()
+
+
+def test_other_layouts_and_devices_are_left_to_torch():
+    x = torch.randn(2, 8, 4, 4)
+    assert kernels_for(x) is None
+    assert kernels_for(x.to(memory_format=torch.channels_last).double()) is None
+    assert kernels_for(x.to(memory_format=torch.channels_last).to("meta")) is None
+    # One place or one channel lies in both ways.
+    assert kernels_for(torch.randn(2, 8, 1, 1).to(memory_format=torch.channels_last)) is None
+
+
+def test_without_a_compiler_all_is_the_same(compiler, request):
+    """A U-Net's answer and gradients; one that torch computes itself differs in the order of sums only."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(channels=(16, 32), attention=(False, True)), channels=3, classes=0)
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.1)
+    net = net.to(memory_format=torch.channels_last)
+    x, time = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
+
+    def both() -> list[torch.Tensor]:
+        net.zero_grad()
+        answer = net(x, time)
+        answer.square().mean().backward()
+        return [answer.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+    fast = both()
+    request.getfixturevalue("without")
+    assert compiled(torch.float32) is None and not channels_last_pays(CPU)
+    slow = both()
+    largest = max(float(t.abs().max()) for t in slow[1:])
+    assert len(fast) == len(slow)
+    for one, other in zip(fast, slow, strict=True):
+        # Biases of keys have no gradient but rounding, hence the absolute part.
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("trouble", ["an error of the compiler", "something that is no library"])
+def test_a_compiler_that_fails_is_silent(trouble, monkeypatch, capfd):
+    def fails(command, **_named):
+        if trouble.startswith("an"):
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(group_norm.subprocess, "run", fails)
+    compiled.cache_clear()
+    try:
+        assert compiled(torch.float32) is None
+    finally:
+        compiled.cache_clear()
+    assert capfd.readouterr() == ("", "")
