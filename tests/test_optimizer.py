@@ -180,7 +180,7 @@ def test_long_matrices_are_made_orthogonal_alike():
 
 
 def test_bfloat16_makes_matrices_orthogonal_too():
-    """Square and long ones; beside float32 within 6 %: each of ten products rounds by 2^-9, of the weak directions most.
+    """Square and long ones; beside float32 within 6 %: each of ten products rounds by 2^-9, weak directions most.
 
     Where singular values lie far apart the smallest are below the rounding; the large ones must not grow.
     """
