@@ -56,10 +56,14 @@ def compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def kernels_for(x: Tensor) -> ctypes.CDLL | None:
     """What computes with this map, if anything but torch does."""
-    lies_so = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if x.device.type != "cpu" or not lies_so or torch.compiler.is_compiling():
-        return None
-    return compiled(x.dtype)
+    return compiled(x.dtype) if lies_channels_last(x) else None
+
+
+def lies_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a place lie beside each other, on a CPU, where our own kernels then compute."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def channels_last_pays(device: torch.device) -> bool:
