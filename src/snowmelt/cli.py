@@ -31,6 +31,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
+COMPUTE = ("train", "sample", "tune", "edit", "evaluate")
+"""Verbs for whose networks a compiler can begin before torch is imported."""
+
 USAGE = """Snowmelt turns a folder of images into a generator.
 
 usage: snowmelt VERB ...      (snowmelt VERB --help explains a verb)
@@ -118,6 +121,10 @@ def _call(verb: str, arguments: list[str]) -> int:
     options, unknown = tyro.cli(kind, prog=words, args=arguments, return_unknown_args=True)
     if unknown:
         raise UserError(f"{words} has no option {unknown[0]!r}; {nearest(unknown[0], _option_names(kind))}.")
+    if verb in COMPUTE:
+        from snowmelt.networks import kernels
+
+        kernels.begin()
     getattr(module, function_name or verb)(options)
     return 0
 

@@ -2,18 +2,13 @@
 
 On a CPU convolutions are faster where the channels of a place lie beside each other (`channels_last`), but there
 torch's group norm takes up to thirty times longer than in its own layout, which is more than they gain. `group_norm.c`
-is compiled by the C compiler of the machine, once in each process that needs it, in a third of a second. Where there
-is none, or on another device or in another layout, torch's own layers compute the same.
+is compiled where that can be done (`kernels.py`); elsewhere, or on another device or in another layout, torch's own
+layers compute the same.
 """
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
-import tempfile
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,36 +16,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-SOURCE = Path(__file__).with_name("group_norm.c")
-FLAGS = {torch.float32: [], torch.bfloat16: ["-DBF16"]}
+from snowmelt.networks.kernels import library
+
+FLAGS = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 """By the type of the maps: what the compiler is told."""
-COMPILE = ("cc", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-c")
-SECONDS = 20.0
-"""That compiling may take."""
 
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 FORWARD = [_POINTER] * 6 + [_COUNT] * 4 + [ctypes.c_float, ctypes.c_int]
 BACKWARD = [_POINTER] * 9 + [_COUNT] * 4 + [ctypes.c_int]
 
 
-@cache
 def compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
     """`forward` and `backward` of the C file for maps of this type; None where they cannot be compiled."""
-    if dtype not in FLAGS or sys.platform != "linux":
-        return None
-    with tempfile.TemporaryDirectory(prefix="snowmelt-") as folder:
-        built, library = Path(folder) / "group_norm.o", Path(folder) / "group_norm.so"
-        try:
-            for command in (
-                [*COMPILE, *FLAGS[dtype], str(SOURCE), "-o", str(built)],
-                # Not linked with OpenMP: it takes the threads of the OpenMP that torch has loaded.
-                ["cc", "-shared", str(built), "-lm", "-o", str(library)],
-            ):
-                subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)  # noqa: S603
-            found = ctypes.CDLL(str(library))
-        except (OSError, subprocess.SubprocessError):
-            return None
-    found.forward.argtypes, found.backward.argtypes = FORWARD, BACKWARD
+    found = library("group_norm", *FLAGS[dtype]) if dtype in FLAGS else None
+    if found is not None:
+        found.forward.argtypes, found.backward.argtypes = FORWARD, BACKWARD
     return found
 
 

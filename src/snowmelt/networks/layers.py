@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from snowmelt.networks.convolution import Convolution
 from snowmelt.networks.group_norm import GroupNorm
-from snowmelt.networks.upsampling import by_phases, by_phases_pays
 
 
 def sinusoids(
@@ -83,11 +83,11 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.tell, values = EMBEDDINGS[enters]
         self.norm1 = GroupNorm(groups, channels, epsilon=epsilon)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv1 = Convolution(channels, out)
         self.time_emb_proj = nn.Linear(embedding, values * out)
         self.norm2 = GroupNorm(groups, out, epsilon=epsilon)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv2 = Convolution(out, out)
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
         # A block begins as its shortcut: deep networks then learn from the first step on.
         nn.init.zeros_(self.conv2.weight)
@@ -151,9 +151,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Convolution(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if by_phases_pays(x):
-            return by_phases(x, self.conv.weight, bias_of(self.conv))
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

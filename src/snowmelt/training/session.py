@@ -24,6 +24,7 @@ from snowmelt.device import (
     has_room,
     improved,
     is_gpu,
+    keep_memory,
     make_precision,
     pick_device,
     use_tensor_cores,
@@ -118,6 +119,7 @@ def measure(
     """
     threads = threads or threads_for(config.data, cores())
     torch.set_num_threads(threads)
+    keep_memory()
     use_tensor_cores(device)
     names = tuple(DTYPES) if asked == "auto" else (make_precision(device, asked).name,)
     learners: dict[Precision, Learner] = {}
@@ -197,6 +199,7 @@ def _try_status(run: Run, error: str) -> None:
 def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started: float) -> tuple[Session, Progress]:
     config = run.config
     torch.set_num_threads(config.training.threads)
+    keep_memory()
     device = pick_device(here.device)
     use_tensor_cores(device)
     precision = precision_of(config.training, device)

@@ -1,0 +1,351 @@
+/* 3 x 3 convolutions of maps whose channels lie beside each other (NHWC), padded by one, and their gradients, by the
+   minimal filtering of Winograd with tiles of 4 x 4 answers (Lavin & Gray 2015, arXiv:1509.09308):
+
+       y = A' ((G w G') . (B' x B)) A
+
+   for each tile, where x is the 6 x 6 square around it and . multiplies place by place and sums over channels. That is
+   36 products of matrices, (tiles, channels) by (channels, out), and a quarter of the multiplications of a direct
+   convolution. A, B and G belong to the points 0, 1, -1, 2, -2 and infinity.
+
+   The gradient by x is the same convolution of the other gradient with the turned weights; the one by w is
+   G' ((B' x B) . (A dy A')) G, summed over tiles. Weights are (out, 3, 3, channels); channels and out are multiples
+   of 16. Sums are float32, in an order that does not depend on how many pictures there are.
+
+   `convolution.py` compiles this. */
+
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PLACES = 36, LANES = 8, PANEL = 16, ALIGN = 64 };
+
+#if defined(__AVX512VL__) || defined(__aarch64__)
+enum { ROWS = 12 }; /* of products at once: so many as there are registers for */
+#else
+enum { ROWS = 6 };
+#endif
+
+/* Numbers that a thread works on at once, about what its cache holds; and all of them, for a gradient by weights. */
+enum { BLOCK = 1 << 17, CHUNK = 1 << 19 };
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE vector load(const float *from) { return *(const anywhere *)from; }
+INLINE void store(float *to, vector value) { *(anywhere *)to = value; }
+
+/* One dimension of each transformation; `step` is between the numbers of a dimension. */
+INLINE void input(const vector *d, vector *to, int step) { /* B' */
+    vector a = d[4 * step] - 4 * d[2 * step], b = d[3 * step] - 4 * d[step];
+    vector c = d[4 * step] - d[2 * step], e = 2 * (d[3 * step] - d[step]);
+    to[0] = 4 * d[0] - 5 * d[2 * step] + d[4 * step];
+    to[step] = a + b, to[2 * step] = a - b;
+    to[3 * step] = c + e, to[4 * step] = c - e;
+    to[5 * step] = 4 * d[step] - 5 * d[3 * step] + d[5 * step];
+}
+
+INLINE void answer(const vector *m, vector *to, int step) { /* A' */
+    vector a = m[step] + m[2 * step], b = m[step] - m[2 * step];
+    vector c = m[3 * step] + m[4 * step], e = m[3 * step] - m[4 * step];
+    to[0] = m[0] + a + c, to[step] = b + 2 * e, to[2 * step] = a + 4 * c, to[3 * step] = b + 8 * e + m[5 * step];
+}
+
+INLINE void slope(const vector *y, vector *to, int step) { /* A */
+    vector a = y[0] + y[2 * step], b = y[step] + y[3 * step];
+    vector c = y[0] + 4 * y[2 * step], e = 2 * y[step] + 8 * y[3 * step], last = y[3 * step];
+    to[0] = y[0], to[step] = a + b, to[2 * step] = a - b, to[3 * step] = c + e, to[4 * step] = c - e;
+    to[5 * step] = last;
+}
+
+INLINE void kernel(const vector *w, vector *to, int step) { /* G */
+    vector a = (w[0] + w[2 * step]) * (-1 / 6.0f), b = w[step] * (1 / 6.0f);
+    vector c = w[0] * (1 / 24.0f) + w[2 * step] * (1 / 6.0f), e = w[step] * (1 / 12.0f), last = w[2 * step];
+    to[0] = w[0] * 0.25f, to[step] = a - b, to[2 * step] = a + b, to[3 * step] = c + e, to[4 * step] = c - e;
+    to[5 * step] = last;
+}
+
+INLINE void kernel_back(const vector *u, vector *to, int step) { /* G' */
+    vector a = (u[step] + u[2 * step]) * (-1 / 6.0f), b = u[3 * step] + u[4 * step];
+    vector c = (u[2 * step] - u[step]) * (1 / 6.0f) + (u[3 * step] - u[4 * step]) * (1 / 12.0f);
+    vector last = a + b * (1 / 6.0f) + u[5 * step];
+    to[0] = u[0] * 0.25f + a + b * (1 / 24.0f), to[step] = c, to[2 * step] = last;
+}
+
+/* c (rows, PANEL) = or += a (rows, depth) b (depth, PANEL), with steps between rows and along the depth. */
+INLINE void product(int rows, const float *a, int64_t row, int64_t along, const float *b, int64_t below, float *c,
+                    int64_t c_row, int64_t depth, int add) {
+    vector left[ROWS], right[ROWS];
+    for (int r = 0; r < rows; r++) {
+        left[r] = add ? load(c + r * c_row) : (vector){0};
+        right[r] = add ? load(c + r * c_row + LANES) : (vector){0};
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vector first = load(b + k * below), second = load(b + k * below + LANES);
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+            float value = a[r * row + k * along];
+            left[r] += value * first;
+            right[r] += value * second;
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        store(c + r * c_row, left[r]);
+        store(c + r * c_row + LANES, right[r]);
+    }
+}
+
+/* The same for any number of rows. */
+INLINE void products(int64_t rows, const float *a, int64_t row, int64_t along, const float *b, int64_t below, float *c,
+                     int64_t c_row, int64_t depth, int add) {
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        product(ROWS, a + r * row, row, along, b, below, c + r * c_row, c_row, depth, add);
+    a += r * row, c += r * c_row;
+    switch (rows - r) {
+#define REST(n) \
+    case n: product(n, a, row, along, b, below, c, c_row, depth, add); break;
+        REST(1) REST(2) REST(3) REST(4) REST(5)
+#if defined(__AVX512VL__) || defined(__aarch64__)
+        REST(6) REST(7) REST(8) REST(9) REST(10) REST(11)
+#endif
+    }
+}
+
+/* Room that a thread keeps for the next call; NULL if there is none. */
+static float *room_for(float **kept, int64_t *size, int64_t needed) {
+    if (*size < needed) {
+        free(*kept);
+        *kept = NULL, *size = 0;
+        if (posix_memalign((void **)kept, ALIGN, needed * sizeof(float))) *kept = NULL;
+        else *size = needed;
+    }
+    return *kept;
+}
+
+static __thread float *shared_room, *own_room;
+static __thread int64_t shared_size, own_size;
+
+/* A map and its tiles. */
+typedef struct {
+    int64_t batch, height, width, across, tiles;
+} map;
+
+static map map_of(int64_t batch, int64_t height, int64_t width) {
+    map m = {batch, height, width, (width + 3) / 4, batch * ((height + 3) / 4) * ((width + 3) / 4)};
+    return m;
+}
+
+/* The corner of the answers of a tile: picture, row, column. */
+INLINE void corner(map m, int64_t tile, int64_t *picture, int64_t *row, int64_t *column) {
+    int64_t each = m.tiles / m.batch;
+    *picture = tile / each;
+    *row = tile % each / m.across * 4;
+    *column = tile % each % m.across * 4;
+}
+
+/* Where the numbers of a square of side `side` from a corner on lie in a map, or `zeros` outside of it. */
+INLINE void square(const float *x, map m, int64_t channels, int64_t tile, int side, int before, const float *zeros,
+                   const float **from) {
+    int64_t picture, row, column;
+    corner(m, tile, &picture, &row, &column);
+    for (int i = 0; i < side; i++)
+        for (int j = 0; j < side; j++) {
+            int64_t r = row + i - before, c = column + j - before;
+            int inside = r >= 0 && r < m.height && c >= 0 && c < m.width;
+            from[i * side + j] = inside ? x + ((picture * m.height + r) * m.width + c) * channels : zeros;
+        }
+}
+
+/* B' x B of a tile, to every `step`-th row of channels from `to` on. */
+static void input_tile(const float *x, map m, int64_t channels, int64_t tile, const float *zeros, float *to,
+                       int64_t step) {
+    const float *from[PLACES];
+    square(x, m, channels, tile, 6, 1, zeros, from);
+    for (int64_t c = 0; c < channels; c += LANES) {
+        vector d[PLACES], e[PLACES];
+        for (int j = 0; j < 6; j++) {
+            for (int i = 0; i < 6; i++) d[i * 6 + j] = load(from[i * 6 + j] + c);
+            input(d + j, e + j, 6);
+        }
+        for (int i = 0; i < 6; i++) {
+            input(e + i * 6, d, 1);
+            for (int j = 0; j < 6; j++) store(to + (i * 6 + j) * step + c, d[j]);
+        }
+    }
+}
+
+/* A dy A' of a tile. */
+static void slope_tile(const float *dy, map m, int64_t channels, int64_t tile, const float *zeros, float *to,
+                       int64_t step) {
+    const float *from[16];
+    square(dy, m, channels, tile, 4, 0, zeros, from);
+    for (int64_t c = 0; c < channels; c += LANES) {
+        vector d[24], e[24];
+        for (int j = 0; j < 4; j++) {
+            for (int i = 0; i < 4; i++) d[i * 4 + j] = load(from[i * 4 + j] + c);
+            slope(d + j, e + j, 4);
+        }
+        for (int i = 0; i < 6; i++) {
+            slope(e + i * 4, d, 1);
+            for (int j = 0; j < 6; j++) store(to + (i * 6 + j) * step + c, d[j]);
+        }
+    }
+}
+
+/* A' m A of a tile, plus the bias. */
+static void answer_tile(const float *from, int64_t step, const float *bias, float *y, map m, int64_t channels,
+                        int64_t tile) {
+    int64_t picture, row, column;
+    corner(m, tile, &picture, &row, &column);
+    int64_t rows = m.height - row < 4 ? m.height - row : 4, columns = m.width - column < 4 ? m.width - column : 4;
+    float *corner = y + ((picture * m.height + row) * m.width + column) * channels;
+    for (int64_t c = 0; c < channels; c += LANES) {
+        vector d[PLACES], e[24], f[4], shift = bias ? load(bias + c) : (vector){0};
+        for (int j = 0; j < 6; j++) {
+            for (int i = 0; i < 6; i++) d[i * 6 + j] = load(from + (i * 6 + j) * step + c);
+            answer(d + j, e + j, 6);
+        }
+        for (int i = 0; i < rows; i++) {
+            answer(e + i * 6, f, 1);
+            for (int j = 0; j < columns; j++) store(corner + (i * m.width + j) * channels + c, f[j] + shift);
+        }
+    }
+}
+
+/* G w G' of PANEL values that lie beside each other in `w`, tap after tap, to every `step`-th PANEL from `to` on. */
+INLINE void kernel_panel(const float *w, int64_t tap, int turned, float *to, int64_t step) {
+    for (int half = 0; half < PANEL; half += LANES) {
+        vector d[18], e[18], f[6];
+        for (int j = 0; j < 3; j++) {
+            for (int i = 0; i < 3; i++) d[i * 3 + j] = load(w + (turned ? 8 - i * 3 - j : i * 3 + j) * tap + half);
+            kernel(d + j, e + j, 3);
+        }
+        for (int i = 0; i < 6; i++) {
+            kernel(e + i * 3, f, 1);
+            for (int j = 0; j < 6; j++) store(to + (i * 6 + j) * step + half, f[j]);
+        }
+    }
+}
+
+/* The weights of a convolution, in panels: (place, columns / PANEL, depth, PANEL). Each thread takes its share. */
+static void weights_of(const float *w, int64_t depth, int64_t columns, int turned, float *to) {
+    const int64_t step = depth * columns;
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < columns; panel += PANEL)
+        for (int64_t k = 0; k < depth; k += PANEL) {
+            if (turned) { /* w is (depth, 3, 3, columns) */
+                for (int64_t i = k; i < k + PANEL; i++)
+                    kernel_panel(w + i * 9 * columns + panel, columns, 1, to + panel * depth + i * PANEL, step);
+                continue;
+            }
+            /* w is (columns, 3, 3, depth): PANEL by PANEL numbers are turned round first. */
+            float block[PANEL][9][PANEL];
+            for (int column = 0; column < PANEL; column++)
+                for (int tap = 0; tap < 9; tap++)
+                    for (int i = 0; i < PANEL; i++)
+                        block[i][tap][column] = w[((panel + column) * 9 + tap) * depth + k + i];
+            for (int i = 0; i < PANEL; i++)
+                kernel_panel(block[i][0], PANEL, 0, to + panel * depth + (k + i) * PANEL, step);
+        }
+}
+
+/* Tiles that a thread takes at once: as many as its cache holds, and so that all threads have as much to do. */
+static int64_t tiles_at_once(int64_t tiles, int64_t numbers) {
+    int64_t threads = omp_get_max_threads(), most = BLOCK / (PLACES * numbers);
+    most = most < 2 * ROWS ? 2 * ROWS : most / ROWS * ROWS;
+    int64_t rounds = (tiles + threads * most - 1) / (threads * most);
+    int64_t even = (tiles + threads * rounds - 1) / (threads * rounds);
+    return (even + ROWS - 1) / ROWS * ROWS;
+}
+
+/* y (batch, height, width, out) of x (batch, height, width, channels).
+
+   `turned`: w is (channels, 3, 3, out) and turned by half a circle, as for the gradient by x. `bias` may be NULL.
+   Not 0 if there was no memory. */
+int convolve(const float *x, const float *w, const float *bias, float *y, int64_t batch, int64_t height, int64_t width,
+             int64_t channels, int64_t out, int turned) {
+    const map m = map_of(batch, height, width);
+    const int64_t most = tiles_at_once(m.tiles, channels + out);
+    /* Not a multiple of 4096 bytes, of which a cache keeps few. */
+    const int64_t in_step = most * channels + PANEL, out_step = most * out + PANEL;
+    float *weights = room_for(&shared_room, &shared_size, PLACES * channels * out);
+    int failed = weights == NULL;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *in = room_for(&own_room, &own_size, PLACES * (in_step + out_step) + channels);
+        failed |= in == NULL;
+        if (weights) weights_of(w, channels, out, turned, weights);
+        if (!failed) {
+            float *products_of = in + PLACES * in_step, *zeros = products_of + PLACES * out_step;
+            memset(zeros, 0, channels * sizeof(float));
+#pragma omp for schedule(static) nowait
+            for (int64_t first = 0; first < m.tiles; first += most) {
+                const int64_t count = m.tiles - first < most ? m.tiles - first : most;
+                for (int64_t t = 0; t < count; t++)
+                    input_tile(x, m, channels, first + t, zeros, in + t * channels, in_step);
+                for (int64_t place = 0; place < PLACES; place++)
+                    for (int64_t panel = 0; panel < out; panel += PANEL)
+                        products(count, in + place * in_step, channels, 1,
+                                 weights + (place * out + panel) * channels, PANEL,
+                                 products_of + place * out_step + panel, out, channels, 0);
+                for (int64_t t = 0; t < count; t++)
+                    answer_tile(products_of + t * out, out_step, bias, y, m, out, first + t);
+            }
+        }
+    }
+    return failed;
+}
+
+/* dw (out, 3, 3, channels) and dbias (out) from x and dy. Not 0 if there was no memory. */
+int weight_gradient(const float *x, const float *dy, float *dw, float *dbias, int64_t batch, int64_t height,
+                    int64_t width, int64_t channels, int64_t out) {
+    const map m = map_of(batch, height, width);
+    int64_t most = CHUNK / (PLACES * (channels + out));
+    most = most < 32 ? 32 : most;
+    most = most < m.tiles ? most : m.tiles;
+    const int64_t in_step = most * channels + PANEL, out_step = most * out + PANEL;
+    const int64_t widest = channels > out ? channels : out;
+    float *sums = room_for(&shared_room, &shared_size, PLACES * (channels * out + in_step + out_step) + widest);
+    if (sums == NULL) return 1;
+    float *in = sums + PLACES * channels * out, *slopes = in + PLACES * in_step, *zeros = slopes + PLACES * out_step;
+    memset(zeros, 0, widest * sizeof(float));
+    memset(dbias, 0, out * sizeof(float));
+#pragma omp parallel
+    {
+        for (int64_t first = 0; first < m.tiles; first += most) {
+            const int64_t count = m.tiles - first < most ? m.tiles - first : most;
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < count; t++) {
+                input_tile(x, m, channels, first + t, zeros, in + t * channels, in_step);
+                slope_tile(dy, m, out, first + t, zeros, slopes + t * out, out_step);
+            }
+#pragma omp for schedule(static)
+            for (int64_t part = 0; part < PLACES * (channels / PANEL); part++) {
+                const int64_t place = part / (channels / PANEL), panel = part % (channels / PANEL) * PANEL;
+                products(out, slopes + place * out_step, 1, out, in + place * in_step + panel, channels,
+                         sums + place * channels * out + panel, channels, count, first > 0);
+                /* The second row of A sums: the product of both is the sum over a tile. */
+                if (place == 7 && panel == 0)
+                    for (int64_t t = 0; t < count; t++)
+                        for (int64_t c = 0; c < out; c++) dbias[c] += slopes[7 * out_step + t * out + c];
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < out; row++)
+            for (int64_t c = 0; c < channels; c += LANES) {
+                vector d[PLACES], e[18], f[3];
+                for (int j = 0; j < 6; j++) {
+                    for (int i = 0; i < 6; i++) d[i * 6 + j] = load(sums + ((i * 6 + j) * out + row) * channels + c);
+                    kernel_back(d + j, e + j, 6);
+                }
+                for (int i = 0; i < 3; i++) {
+                    kernel_back(e + i * 6, f, 1);
+                    for (int j = 0; j < 3; j++) store(dw + ((row * 9) + i * 3 + j) * channels + c, f[j]);
+                }
+            }
+    }
+    return 0;
+}

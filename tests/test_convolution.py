@@ -1,0 +1,102 @@
+"""The convolution by Winograd's filtering beside torch's own in double precision."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from snowmelt.networks.convolution import SMALLEST, Convolution, compiled, kernels_for
+
+
+@pytest.fixture
+def compiler():
+    if compiled() is None:
+        pytest.skip("there is no C compiler here that makes convolution.c")
+
+
+def last(*shape: int, seed: int) -> torch.Tensor:
+    made = 1 + torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return made.to(memory_format=torch.channels_last)
+
+
+def away(one: torch.Tensor | None, other: torch.Tensor | None) -> float:
+    assert one is not None and other is not None and one.shape == other.shape
+    return float((one.double() - other).detach().abs().max() / other.detach().abs().max())
+
+
+# Sides that tiles of 4 fill, do not fill, and are larger than; one panel of channels and several; more tiles than a
+# thread takes at once.
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 32, 5, 7), (1, 48, 3, 3), (2, 16, 3, 13), (9, 64, 32, 32)])
+@pytest.mark.parametrize("out", [16, 80])
+def test_it_is_torchs_convolution_and_its_gradients(compiler, shape, out):
+    torch.manual_seed(0)
+    layer = Convolution(shape[1], out).to(memory_format=torch.channels_last)
+    x = last(*shape, seed=0).requires_grad_()
+    assert kernels_for(x, layer.weight) is not None
+    answer = layer(x)
+    assert answer.is_contiguous(memory_format=torch.channels_last)
+    slope = last(*answer.shape, seed=1).contiguous()
+    answer.backward(slope)
+
+    given = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    exact = F.conv2d(*given, padding=1)
+    exact.backward(slope.double())
+    # float32 rounds by 6e-8; the transformations multiply that by some hundred (Lavin & Gray 2015, section 7).
+    for one, other in zip(
+        (answer, x.grad, layer.weight.grad, layer.bias.grad), (exact, *(t.grad for t in given)), strict=True
+    ):
+        assert away(one, other) < 2e-5
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed(compiler):
+    layer = Convolution(16, 16).to(memory_format=torch.channels_last).requires_grad_(False)
+    x = last(2, 16, 8, 8, seed=2).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None and layer.weight.grad is None
+    layer.requires_grad_()
+    layer(x.detach()).sum().backward()
+    # The sum over all places has the number of places as its gradient by the bias.
+    assert layer.bias.grad is not None and (layer.bias.grad == 2 * 8 * 8).all()
+
+
+def test_a_picture_does_not_depend_on_its_batch_nor_on_threads(compiler):
+    layer = Convolution(32, 48).to(memory_format=torch.channels_last)
+    x = last(7, 32, 10, 10, seed=3)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat([layer(picture[None].contiguous(memory_format=torch.channels_last)) for picture in x])
+        torch.set_num_threads(3)
+        assert torch.equal(layer(x), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_picture_with_a_value_that_is_no_number_is_lost_alone(compiler):
+    x = last(3, 16, 8, 8, seed=4)
+    x[1, 0, 0, 0] = float("nan")
+    answer = Convolution(16, 16).to(memory_format=torch.channels_last)(x)
+    assert answer[[0, 2]].isfinite().all() and answer[1, :, 0, 0].isnan().all()
+
+
+def test_other_maps_are_left_to_torch():
+    def found(x: torch.Tensor, channels: int = 16, out: int = 16) -> object:
+        return kernels_for(x, torch.empty(out, channels, 3, 3))
+
+    x = last(2, 16, 8, 8, seed=5)
+    assert found(x.contiguous()) is None and found(x.double()) is None and found(x.to("meta")) is None
+    assert found(x, out=24) is None and found(x[:, :8], channels=8) is None
+    assert found(last(2, 16, 8, SMALLEST - 1, seed=6)) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found(x) is None
+        assert Convolution(16, 16)(x).dtype == torch.bfloat16
+
+
+def test_weights_are_those_of_a_convolution_of_torch(compiler):
+    """In whatever layout: a state passes between the two."""
+    plain = nn.Conv2d(16, 16, 3, padding=1)
+    layer = Convolution(16, 16)
+    layer.load_state_dict(plain.state_dict())
+    x = last(2, 16, 8, 8, seed=7)
+    assert not layer.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-4)

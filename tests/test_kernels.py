@@ -1,0 +1,75 @@
+"""Kernels in C are compiled where they can be, and where not everything is the same without them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from snowmelt.config import UNetConfig
+from snowmelt.networks import convolution, group_norm, kernels
+from snowmelt.networks.group_norm import channels_last_pays
+from snowmelt.networks.unet import UNet
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fresh():
+    """Nothing is compiled yet, and nothing of it stays."""
+    kernels.forget()
+    yield
+    kernels.forget()
+
+
+def nothing_compiled() -> bool:
+    return convolution.compiled() is None and group_norm.compiled(torch.float32) is None
+
+
+def test_without_a_compiler_all_is_the_same(fresh, monkeypatch):
+    """A U-Net's answer and gradients; one that torch computes itself differs in the order of sums only."""
+    if nothing_compiled():
+        pytest.skip("there is no C compiler here")
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(channels=(16, 32), attention=(False, True)), channels=3, classes=0)
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.1)
+    net = net.to(memory_format=torch.channels_last)
+    x, time = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
+
+    def both() -> list[torch.Tensor]:
+        net.zero_grad()
+        answer = net(x, time)
+        answer.square().mean().backward()
+        return [answer.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+    fast = both()
+    kernels.forget()
+    monkeypatch.setattr(kernels, "COMPILE", ("no-such-compiler",))
+    assert nothing_compiled() and not channels_last_pays(CPU)
+    slow = both()
+    largest = max(float(t.abs().max()) for t in slow[1:])
+    assert len(fast) == len(slow)
+    for one, other in zip(fast, slow, strict=True):
+        # Biases of keys have no gradient but rounding, hence the absolute part.
+        assert torch.allclose(one, other, rtol=1e-3, atol=2e-5 * largest)
+
+
+@pytest.mark.parametrize("compiler", ["false", "true", "sleep"])
+def test_a_compiler_that_fails_is_silent(compiler, fresh, monkeypatch, capfd):
+    """One that ends with an error, one that makes nothing, and one that does not end."""
+    command = (sys.executable, "-c", "import time; time.sleep(60)") if compiler == "sleep" else (compiler,)
+    monkeypatch.setattr(kernels, "COMPILE", command)
+    monkeypatch.setattr(kernels, "SECONDS", 0.2 if compiler == "sleep" else 20.0)
+    assert nothing_compiled()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_begin_does_not_wait_and_leaves_nothing_behind(tmp_path):
+    """A process that ends before the compiler has: it does not wait, and its temporary folders are gone."""
+    code = "from snowmelt.networks import kernels; kernels.begin()"
+    environment = {"TMPDIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True, timeout=60)
+    assert ended.stderr == b"" and list(Path(tmp_path).iterdir()) == []
