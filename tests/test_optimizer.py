@@ -160,7 +160,7 @@ def test_the_iteration_makes_matrices_orthogonal():
     for columns in (18, 30):
         matrices = torch.randn(3, 12, columns, generator=torch.Generator().manual_seed(0))
         for given in (matrices, matrices.mT):
-            values = torch.linalg.svdvals(orthogonal(given))
+            values = torch.linalg.svdvals(orthogonal([given])[0])
             assert values.min() > 0.65 and values.max() < 1.25
 
 
@@ -176,7 +176,15 @@ def test_long_matrices_are_made_orthogonal_alike():
         for _ in range(ITERATIONS):
             gram = x @ x.mT
             x = a * x + (b * gram + c * gram @ gram) @ x
-        assert (orthogonal(matrices) - x).norm() < 1e-3 * x.norm()
+        assert (orthogonal([matrices])[0] - x).norm() < 1e-3 * x.norm()
+
+
+def test_matrices_are_made_orthogonal_together_as_alone():
+    """Some with as many rows and other lengths, some tall, some square: rounding differs with the products' sizes."""
+    rng = torch.Generator().manual_seed(4)
+    stacks = [torch.randn(shape, generator=rng) for shape in ((2, 16, 40), (1, 90, 16), (3, 16, 16), (2, 24, 80))]
+    for one, stack in zip(orthogonal(stacks), stacks, strict=True):
+        torch.testing.assert_close(one, orthogonal([stack])[0], rtol=0, atol=1e-5)
 
 
 def test_bfloat16_makes_matrices_orthogonal_too():
@@ -187,8 +195,8 @@ def test_bfloat16_makes_matrices_orthogonal_too():
     rng = torch.Generator().manual_seed(2)
     for shape in ((4, 48, 48), (4, 48, 432), (4, 432, 48)):
         matrices = torch.randn(shape, generator=rng)
-        exact, rounded = orthogonal(matrices), orthogonal(matrices, torch.bfloat16).float()
+        exact, rounded = orthogonal([matrices])[0], orthogonal([matrices], torch.bfloat16)[0].float()
         assert (rounded - exact).norm() < 0.06 * exact.norm()
         weak = torch.randn(shape[0], shape[1], 4, generator=rng) @ torch.randn(shape[0], 4, shape[2], generator=rng)
-        values = torch.linalg.svdvals(orthogonal(weak + 0.01 * matrices, torch.bfloat16).float())
+        values = torch.linalg.svdvals(orthogonal([weak + 0.01 * matrices], torch.bfloat16)[0].float())
         assert values.max() < 1.25

@@ -11,7 +11,8 @@ a whole training step of the digits' network took 0.70 s of processor time with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -26,36 +27,65 @@ PHASES = {torch.float32: (ITERATIONS,), torch.bfloat16: (3, 2)}
 """How many iterations' polynomials are multiplied before x is: in bfloat16 more would be too inexact."""
 
 
-def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(count, rows, columns): about the nearest orthogonal matrix to each, by Newton and Schulz.
+def orthogonal(stacks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """About the nearest orthogonal matrix to each of several stacks (count, rows, columns), by Newton and Schulz.
 
     Every iteration multiplies x by a polynomial of x x^T, so where x is long its products can wait: the polynomials are
-    multiplied first, and x by them once. That is 2.5 times less work for a kernel of 3 x 3, in float32.
+    multiplied first, and x by them once. That is 2.5 times less work for a kernel of 3 x 3, in float32; and x x^T are
+    alike for all x with as many rows, however long they are, so they are multiplied together.
 
     Args:
         dtype: that products are computed in, float32 or bfloat16; the answer has it too.
     """
+    wide = [(stack.mT if stack.shape[1] > stack.shape[2] else stack).to(dtype) for stack in stacks]
+    answers = dict[int, Tensor]()
+    long = dict[int, list[int]]()
+    for place, x in enumerate(wide):
+        if x.shape[2] < LONG * x.shape[1]:
+            answers[place] = _iterated(x)
+        else:
+            long.setdefault(x.shape[1], []).append(place)
+    for places in long.values():
+        answers.update(zip(places, _polynomials_first([wide[place] for place in places]), strict=True))
+    return [
+        answers[place] if x.shape == stack.shape else answers[place].mT
+        for place, (x, stack) in enumerate(zip(wide, stacks, strict=True))
+    ]
+
+
+def _scale(gram: Tensor) -> Tensor:
+    """What x is divided by its norm with, from x x^T, whose trace is the square of that."""
+    return gram.diagonal(dim1=1, dim2=2).float().sum(1).clamp(min=1e-14).rsqrt()[:, None, None]
+
+
+def _iterated(x: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).to(dtype)
-    scale = 1 / matrices.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    if x.shape[2] < LONG * x.shape[1]:
-        x = x * scale.to(dtype)
-        for _ in range(ITERATIONS):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.mT if tall else x
+    x = x * _scale(x @ x.mT).to(x.dtype)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _polynomials_first(stacks: list[Tensor]) -> list[Tensor]:
+    counts, dtype = [len(x) for x in stacks], stacks[0].dtype
+    scale: Tensor | None = None
     for iterations in PHASES[dtype]:
-        # Scaling the small matrices spares a copy of the long ones.
-        gram = ((x @ x.mT) * scale**2).to(dtype)
+        gram = torch.cat([x @ x.mT for x in stacks])
+        if scale is None:
+            scale = _scale(gram)
+            # Scaling the small matrices spares a copy of the long ones.
+            gram = (gram * scale**2).to(dtype)
+        else:
+            scale = torch.ones_like(scale)
         product = factor = _polynomial(gram)
         for _ in range(iterations - 1):
             gram = factor @ gram @ factor
             factor = _polynomial(gram)
             product = factor @ product
-        x = (product * scale).to(dtype) @ x
-        scale = torch.ones_like(scale)
-    return x.mT if tall else x
+        products = (product * scale).to(dtype).split(counts)
+        stacks = [one @ x for one, x in zip(products, stacks, strict=True)]
+    return stacks
 
 
 def _polynomial(gram: Tensor) -> Tensor:
@@ -97,38 +127,42 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every matrix that has a gradient."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    shapes.setdefault(weight.shape, []).append(weight)
-            for weights in shapes.values():
-                together = len(weights) if weights[0].is_cuda else max(1, ROOM // weights[0].numel())
-                for first in range(0, len(weights), together):
-                    self._update(weights[first : first + together], group)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            # As many together as stay in a processor's caches; those of one shape beside each other.
+            weights.sort(key=lambda weight: (min(weight.shape), weight.shape))
+            while weights:
+                sizes = accumulate(weight.numel() for weight in weights)
+                count = len(weights) if weights[0].is_cuda else max(1, sum(size <= ROOM for size in sizes))
+                self._update(weights[:count], group)
+                del weights[:count]
 
     def _update(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
-        rate, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        finite = None if self.found_inf is None else self.found_inf == 0
-        # What is 0 where the gradient is not finite; products of infinities would not be.
-        share, shrink = (
-            (1 - momentum, 1 - rate * decay)
-            if finite is None
-            else (finite * (1 - momentum), 1 - finite * (rate * decay))
-        )
-        directions: list[Tensor] = []
+        rate, decay = group["lr"], group["weight_decay"]
+        directions = self._directions(weights, group["momentum"])
+        kept = 1.0 if self.found_inf is None else self.found_inf == 0
+        shapes = [list(alike) for _, alike in groupby(range(len(weights)), key=lambda place: weights[place].shape)]
+        stacks = [torch.stack([directions[place] for place in places]) for places in shapes]
+        updates = orthogonal(stacks, torch.bfloat16 if weights[0].is_cuda else self.dtype)
+        for places, stack in zip(shapes, updates, strict=True):
+            scale = rate * 0.2 * max(stack.shape[1:]) ** 0.5
+            for place, update in zip(places, stack if self.found_inf is None else stack * kept, strict=True):
+                weights[place].mul_(1 - kept * (rate * decay)).add_(update, alpha=-scale)
+
+    def _directions(self, weights: list[nn.Parameter], momentum: float) -> list[Tensor]:
+        """Takes the gradients into the momenta; where a gradient is not finite, on the device, nothing and zeros."""
+        gradients = list[Tensor]()
         for weight in weights:
             assert weight.grad is not None
-            state = self.state[weight]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            buffer = state["momentum_buffer"]
-            gradient = weight.grad if finite is None else weight.grad.masked_fill(~finite, 0)
-            buffer.lerp_(gradient, share)
-            directions.append(gradient.lerp(buffer, momentum))
-        stack = torch.stack(directions)
-        updates = orthogonal(stack, torch.bfloat16 if stack.is_cuda else self.dtype)
-        if finite is not None:
-            updates = updates * finite
-        scale = rate * 0.2 * max(stack.shape[1:]) ** 0.5
-        for weight, update in zip(weights, updates, strict=True):
-            weight.mul_(shrink).add_(update, alpha=-scale)
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            gradients.append(weight.grad)
+        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+        if self.found_inf is None:
+            torch._foreach_lerp_(buffers, gradients, 1 - momentum)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        else:
+            # Products of infinities would not be 0.
+            finite = self.found_inf == 0
+            gradients = [gradient.masked_fill(~finite, 0) for gradient in gradients]
+            for buffer, gradient in zip(buffers, gradients, strict=True):
+                buffer.lerp_(gradient, finite * (1 - momentum))
+        return list(torch._foreach_lerp(gradients, buffers, momentum))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
