@@ -1,5 +1,6 @@
 """Kernels in C are compiled where they can be, and where not everything is the same without them."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,12 @@ def fresh():
 
 def nothing_compiled() -> bool:
     return convolution.compiled() is None and group_norm.compiled(torch.float32) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="there is no C compiler here")
+def test_where_there_is_a_compiler_everything_compiles():
+    """Otherwise a mistake in a C file would only make all slower, and skip its tests."""
+    assert convolution.compiled() and all(map(group_norm.compiled, group_norm.FLAGS))
 
 
 def test_without_a_compiler_all_is_the_same(fresh, monkeypatch):

@@ -18,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PLACES = 36, LANES = 8, PANEL = 16, ALIGN = 64 };
+enum { PLACES = 36, LANES = 8, PANEL = 16, LINE = 16, ALIGN = 64 }; /* LINE: numbers in a line of the cache */
 
 #if defined(__AVX512VL__) || defined(__aarch64__)
 enum { ROWS = 12 }; /* of products at once: so many as there are registers for */
@@ -159,6 +159,8 @@ INLINE void square(const float *x, map m, int64_t channels, int64_t tile, int si
         }
 }
 
+/* The next three ask memory for what the tile to the right will need: it is too scattered to be foreseen. */
+
 /* B' x B of a tile, to every `step`-th row of channels from `to` on. */
 static void input_tile(const float *x, map m, int64_t channels, int64_t tile, const float *zeros, float *to,
                        int64_t step) {
@@ -166,6 +168,9 @@ static void input_tile(const float *x, map m, int64_t channels, int64_t tile, co
     square(x, m, channels, tile, 6, 1, zeros, from);
     for (int64_t c = 0; c < channels; c += LANES) {
         vector d[PLACES], e[PLACES];
+        if (c % LINE == 0)
+            for (int i = 0; i < 6; i++)
+                for (int j = 2; j < 6; j++) __builtin_prefetch(from[i * 6 + j] + 4 * channels + c);
         for (int j = 0; j < 6; j++) {
             for (int i = 0; i < 6; i++) d[i * 6 + j] = load(from[i * 6 + j] + c);
             input(d + j, e + j, 6);
@@ -184,6 +189,8 @@ static void slope_tile(const float *dy, map m, int64_t channels, int64_t tile, c
     square(dy, m, channels, tile, 4, 0, zeros, from);
     for (int64_t c = 0; c < channels; c += LANES) {
         vector d[24], e[24];
+        if (c % LINE == 0)
+            for (int i = 0; i < 16; i++) __builtin_prefetch(from[i] + 4 * channels + c);
         for (int j = 0; j < 4; j++) {
             for (int i = 0; i < 4; i++) d[i * 4 + j] = load(from[i * 4 + j] + c);
             slope(d + j, e + j, 4);
@@ -203,6 +210,9 @@ static void answer_tile(const float *from, int64_t step, const float *bias, floa
     int64_t rows = m.height - row < 4 ? m.height - row : 4, columns = m.width - column < 4 ? m.width - column : 4;
     float *corner = y + ((picture * m.height + row) * m.width + column) * channels;
     for (int64_t c = 0; c < channels; c += LANES) {
+        if (c % LINE == 0)
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < columns; j++) __builtin_prefetch(corner + (i * m.width + j + 4) * channels + c, 1);
         vector d[PLACES], e[24], f[4], shift = bias ? load(bias + c) : (vector){0};
         for (int j = 0; j < 6; j++) {
             for (int i = 0; i < 6; i++) d[i * 6 + j] = load(from + (i * 6 + j) * step + c);

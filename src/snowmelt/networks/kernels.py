@@ -77,6 +77,6 @@ def library(name: str, *flags: str) -> ctypes.CDLL | None:
 
 
 def forget() -> None:
-    """Of what was compiled: the next call compiles again."""
+    """What was compiled: the next call of `library` compiles again."""
     library.cache_clear()
     _build.cache_clear()
