@@ -1,6 +1,6 @@
 """Training steps per second of the same U-Net here and in `diffusers`, side by side.
 
-    python benchmarks/throughput.py --networks small large
+    python benchmarks/throughput.py --networks small large default
 
 Every contestant is a process of its own that trains when it is told to and waits otherwise. They take turns, so that
 whatever else the machine does hits all alike; a figure is the median of its turns. The network has the same shapes
@@ -9,6 +9,8 @@ everywhere. A step is what each system does for one batch:
     diffusers       its train_unconditional.py: noise and times, forward, MSE, backward, clip, AdamW, cosine rate, EMA
     diffusers bf16  the same under bf16 autocast, as somebody who knows would add
     snowmelt        what `snowmelt train` does, in the precision that it would choose here
+
+The network `default` is the one that `snowmelt train` takes for such pictures, and only Snowmelt trains it.
 
 Shares are of what this machine's convolutions reach alone in the same format (3 x 3 with 128 channels, forward and
 backward, in turn too). Operations are those of the network's forward and backward pass, the same for all. Memory is
@@ -33,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rivals import diffusers
+from snowmelt.config import UNetConfig
 
 NETWORKS: dict[str, dict[str, Any]] = {
     # 3.8 and 35.7 million parameters; the large one is that of the DDPM paper for CIFAR-10.
@@ -43,6 +46,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "attention": [False, True, False, False],
     },
 }
+DEFAULT = "default"
 SIZE, CHANNELS, PICTURES = 32, 3, 1024
 
 
@@ -56,6 +60,19 @@ class Options:
     turns: int = 7
     seconds: float = 3.0
     """Of a turn, at least; two steps at least."""
+
+
+def unet_of(network: str) -> UNetConfig:
+    """The network as our configuration says it."""
+    from snowmelt.config import DataConfig
+    from snowmelt.foreign.unet2d import network_of
+    from snowmelt.presets import network_for
+
+    return (
+        network_for(DataConfig(SIZE, CHANNELS))
+        if network == DEFAULT
+        else network_of(settings(network), Path("benchmark"))[0]
+    )
 
 
 def settings(network: str) -> dict[str, Any]:
@@ -94,7 +111,6 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     from snowmelt.data.prepared import Prepared
     from snowmelt.data.stream import Stream
     from snowmelt.ema import Average
-    from snowmelt.foreign.unet2d import network_of
     from snowmelt.models import build_learner
     from snowmelt.presets import facts_of
     from snowmelt.seeds import generator
@@ -104,9 +120,7 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     pixels = np.random.default_rng(0).integers(0, 256, (PICTURES, SIZE, SIZE, CHANNELS), dtype=np.uint8)
     rows = np.arange(PICTURES)
     data = Prepared(Path(), pixels, None, (), None, rows, rows[:0], 0.0, 0.5, "benchmark")
-    given = settings(network)
-    unet, _ = network_of(given, Path("benchmark"))
-    config = Config(facts_of(data), network=unet, training=TrainingConfig(steps=100_000, batch=batch))
+    config = Config(facts_of(data), network=unet_of(network), training=TrainingConfig(steps=100_000, batch=batch))
     cpu = torch.device("cpu")
     threads = torch.get_num_threads()
     config = measured(config, data, cpu, asked="auto", threads=threads, log=lambda _: None).settled(config)
@@ -153,11 +167,9 @@ def operations_of(network: str, batch: int) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from snowmelt.foreign.unet2d import network_of
     from snowmelt.networks.unet import UNet
 
-    unet, _ = network_of(settings(network), Path("benchmark"))
-    model = UNet(unet, channels=CHANNELS, classes=0)
+    model = UNet(unet_of(network), channels=CHANNELS, classes=0)
     with FlopCounterMode(display=False) as counted:
         model(torch.randn(batch, CHANNELS, SIZE, SIZE), torch.zeros(batch)).sum().backward()
     return counted.get_total_flops()
@@ -216,7 +228,8 @@ def measure(network: str, options: Options, screen: Console) -> None:
     """All contestants in turns, and the table."""
     processes: dict[str, subprocess.Popen[str]] = {}
     facts: dict[str, dict[str, Any]] = {}
-    for name in (*options.contestants, *CEILINGS):
+    contestants = [name for name in options.contestants if network != DEFAULT or name == "snowmelt"]
+    for name in (*contestants, *CEILINGS):
         # One after the other, since some choose how to compute by a measurement.
         processes[name] = start(name, network, options)
         facts[name] = heard(processes[name])
@@ -237,15 +250,15 @@ def measure(network: str, options: Options, screen: Console) -> None:
         process.wait()
     reached = {name: facts[name]["operations"] / median(times[name]) for name in CEILINGS}
     table = Table(
-        "", "parameters", "images/s", "against diffusers", "GFLOP/s", "of the ceiling", "memory", "precision",
+        "", "parameters", "images/s", f"against {contestants[0]}", "GFLOP/s", "of the ceiling", "memory", "precision",
         title=f"{network}: {SIZE} x {SIZE}, batch {options.batch}; convolutions alone "
         + ", ".join(f"{name} {speed / 1e9:.0f} GFLOP/s" for name, speed in reached.items()),
     )  # fmt: skip
-    for name in options.contestants:
+    for name in contestants:
         seconds, precision = median(times[name]), facts[name]["precision"]
         speed = operations / seconds
         # Turn by turn: neighbours in time had the same machine.
-        ratio = median(a / b for a, b in zip(times[options.contestants[0]], times[name], strict=True))
+        ratio = median(a / b for a, b in zip(times[contestants[0]], times[name], strict=True))
         table.add_row(
             name, f"{facts[name]['parameters'] / 1e6:.2f} M", f"{options.batch / seconds:.1f}", f"{ratio:.2f} x",
             f"{speed / 1e9:.1f}", f"{speed / reached[precision]:.0%}", f"{memory[name] / 1e6:.0f} MB", precision,

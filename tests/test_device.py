@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -117,3 +120,30 @@ def test_the_layout_changes_no_result(optimizer):
         learner.update(Batch(images[3], None), generator(0, "train", 3), 1e-2)
     again = resumed.model.state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in learners[1].model.state_dict().items())
+
+
+KEPT = """
+import resource, sys, torch
+from snowmelt.device import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+def taken():
+    parts = [torch.ones(6 * 2**20) for _ in range(4)]
+    del parts
+for _ in range(3):
+    taken()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    taken()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another C library keeps memory in its own way")
+def test_memory_that_was_freed_is_taken_again_without_the_system():
+    """Ten times 96 MiB are 245,760 pages of 4 KiB: a part of them is fetched each time, or none."""
+    faults = {
+        way: int(subprocess.run([sys.executable, "-c", KEPT, way], capture_output=True, check=True, text=True).stdout)
+        for way in ("kept", "given back")
+    }
+    assert faults["kept"] < 1000 < 10_000 < faults["given back"]

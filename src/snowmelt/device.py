@@ -129,9 +129,9 @@ def faster_precision(
 ) -> Speed:
     """The precision in which `step` is faster.
 
-    All of `names` run in turn, after one warm-up each, for about `seconds`. Their best times are compared, since other
-    processes can only make a time worse, and bf16 must win by `gain` so that noise does not decide. Where one
-    convolution is `PLAIN` times slower in bf16 its steps are not waited for.
+    One of `names` follows the other, so that what one needs is gone before the next needs it, for about `seconds` in
+    all. Their best times are compared, since other processes can only make a time worse, and bf16 must win by `gain` so
+    that noise does not decide. Where one convolution is `PLAIN` times slower in bf16 its steps are not waited for.
 
     Args:
         timed: whether the time of a step is wanted too, or only the choice.
@@ -143,18 +143,7 @@ def faster_precision(
     if len(names) == 1 and not timed:
         (only,) = names
         return Speed(only, ratio, None)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        step(Precision(device, name))
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 3:
-        for name, taken in times.items():
-            synchronize(device)
-            start = time.perf_counter()
-            step(Precision(device, name))
-            synchronize(device)
-            taken.append(time.perf_counter() - start)
-    best = {name: min(taken) for name, taken in times.items()}
+    best = {name: time_of(Precision(device, name), step, seconds / len(names)) for name in names}
     if len(best) > 1:
         ratio = best["fp32"] / best["bf16"]
         chosen = "bf16" if ratio >= gain else "fp32"

@@ -129,10 +129,12 @@ def measure(
     start = precision_of(config.training, device)
     if "layout" not in given and channels_last_pays(device):
         start = dataclasses.replace(start, layout="channels_last")
-        log("channels_last: yes (its group norm could be compiled).")
+        log("channels_last: yes (its kernels could be compiled).")
 
     def step(precision: Precision) -> None:
         if precision not in learners:
+            # One at a time: each takes as much memory as the run will.
+            learners.clear()
             learners[precision] = learner_of(config, precision, refuse)
         learners[precision].update(batch, generator(0, "measure", device=device), 0.0)
 
@@ -153,7 +155,6 @@ def measure(
             changes = [name for name in changes if name != "layout"]
         if is_gpu(device) and "compile" not in (*changes, *given):
             log("compiled: no (so short a training does not wait for the compiler).")
-        learners.clear()  # of which each takes memory
         best, taken, reasons = improved(best, step, before=taken, changes=changes, seconds=seconds / 3)
         for reason in reasons:
             log(f"{reason}.")
