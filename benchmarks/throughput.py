@@ -13,7 +13,8 @@ everywhere. A step is what each system does for one batch:
 The network `default` is the one that `snowmelt train` takes for such pictures, and only Snowmelt trains it.
 
 Shares are of what this machine's convolutions reach alone in the same format (3 x 3 with 128 channels, forward and
-backward, in turn too). Operations are those of the network's forward and backward pass, the same for all. Memory is
+backward, in turn too). Operations are those of the network's forward and backward pass with direct convolutions, the
+same for all: who needs fewer multiplications for them can exceed what convolutions alone reach. Memory is
 the largest resident size, which for Snowmelt includes its comparison of formats before the training.
 """
 
@@ -169,8 +170,9 @@ def operations_of(network: str, batch: int) -> float:
 
     from snowmelt.networks.unet import UNet
 
-    model = UNet(unet_of(network), channels=CHANNELS, classes=0)
-    with FlopCounterMode(display=False) as counted:
+    # On no device: only shapes are needed, and a process that begins later counts this one's memory as its own.
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        model = UNet(unet_of(network), channels=CHANNELS, classes=0)
         model(torch.randn(batch, CHANNELS, SIZE, SIZE), torch.zeros(batch)).sum().backward()
     return counted.get_total_flops()
 
