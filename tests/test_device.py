@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,8 @@ def test_the_layout_changes_no_result(optimizer):
     assert all(torch.equal(weight, again[name]) for name, weight in learners[1].model.state_dict().items())
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE = HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text(encoding="utf-8")
 KEPT = """
 import resource, sys, torch
 from snowmelt.device import keep_memory
@@ -140,10 +143,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another C library keeps memory in its own way")
+@pytest.mark.skipif(HUGE, reason="pages of 2 MiB are too few to count")
 def test_memory_that_was_freed_is_taken_again_without_the_system():
     """Ten times 96 MiB are 245,760 pages of 4 KiB: a part of them is fetched each time, or none."""
     faults = {
         way: int(subprocess.run([sys.executable, "-c", KEPT, way], capture_output=True, check=True, text=True).stdout)
         for way in ("kept", "given back")
     }
-    assert faults["kept"] < 1000 < 10_000 < faults["given back"]
+    assert faults["given back"] > 10 * faults["kept"] + 1000

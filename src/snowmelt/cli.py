@@ -31,7 +31,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-COMPUTE = ("train", "sample", "tune", "edit", "evaluate")
+COMPUTE = ("train", "sample", "tune", "edit", "explain", "evaluate", "compare")
 """Verbs for whose networks a compiler can begin before torch is imported."""
 
 USAGE = """Snowmelt turns a folder of images into a generator.

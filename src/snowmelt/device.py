@@ -130,8 +130,9 @@ def faster_precision(
     """The precision in which `step` is faster.
 
     One of `names` follows the other, so that what one needs is gone before the next needs it, for about `seconds` in
-    all. Their best times are compared, since other processes can only make a time worse, and bf16 must win by `gain` so
-    that noise does not decide. Where one convolution is `PLAIN` times slower in bf16 its steps are not waited for.
+    all. Their best times are compared, since other processes can only make a time worse (one that is busy all through
+    the time of one of them can still mislead), and bf16 must win by `gain` so that noise does not decide. Where one
+    convolution is `PLAIN` times slower in bf16 its steps are not waited for.
 
     Args:
         timed: whether the time of a step is wanted too, or only the choice.
@@ -279,16 +280,17 @@ def use_tensor_cores(device: torch.device) -> None:
 def keep_memory() -> None:
     """Have the C library keep what is freed for what is needed next, in this process.
 
-    Otherwise the activations of every step go back to the system and are fetched again, page by page: 5,000 to 60,000
-    pages a step, and 7 to 20 % of its time (docs/recipe.md). Another C library than glibc is left alone.
+    Otherwise the activations of every step go back to the system and are fetched again, page by page: up to 60,000
+    pages a step, and 7 to 23 % of its time (docs/recipe.md). Blocks of 32 MiB and more still do, since glibc keeps no
+    larger ones; another C library is left alone.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):
         return
-    # <malloc.h>: no block below 32 MiB, the most it takes, of its own; and nothing is trimmed.
+    # <malloc.h>: M_MMAP_THRESHOLD, at the most it takes, and M_TRIM_THRESHOLD, which -1 switches off.
     mallopt(-3, 32 << 20)
-    mallopt(-1, 2**31 - 1)
+    mallopt(-1, -1)
 
 
 def synchronize(device: torch.device) -> None:

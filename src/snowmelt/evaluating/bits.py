@@ -67,6 +67,8 @@ def measure_bits(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     if device.type == "mps":
         raise UserError("Likelihoods need double precision, which this device lacks; use --device cpu.")
     model, checkpoint = run.load_model(make_precision(device, "fp32"), options.state)
+    # Slopes by pictures are all that is needed here.
+    model.requires_grad_(False)
     held = _held_out(run, options, device)
     found = _of_diffusion(run, model, held, options) if isinstance(model, DiffusionModel) else _of(model, held, options)
     if not found:

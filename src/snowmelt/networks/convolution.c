@@ -20,7 +20,7 @@
 
 enum { PLACES = 36, LANES = 8, PANEL = 16, LINE = 16, ALIGN = 64 }; /* LINE: numbers in a line of the cache */
 
-#if defined(__AVX512VL__) || defined(__aarch64__)
+#if defined(__AVX512VL__)
 enum { ROWS = 12 }; /* of products at once: so many as there are registers for */
 #else
 enum { ROWS = 6 };
@@ -55,23 +55,22 @@ INLINE void answer(const vector *m, vector *to, int step) { /* A' */
 
 INLINE void slope(const vector *y, vector *to, int step) { /* A */
     vector a = y[0] + y[2 * step], b = y[step] + y[3 * step];
-    vector c = y[0] + 4 * y[2 * step], e = 2 * y[step] + 8 * y[3 * step], last = y[3 * step];
+    vector c = y[0] + 4 * y[2 * step], e = 2 * y[step] + 8 * y[3 * step];
     to[0] = y[0], to[step] = a + b, to[2 * step] = a - b, to[3 * step] = c + e, to[4 * step] = c - e;
-    to[5 * step] = last;
+    to[5 * step] = y[3 * step];
 }
 
 INLINE void kernel(const vector *w, vector *to, int step) { /* G */
     vector a = (w[0] + w[2 * step]) * (-1 / 6.0f), b = w[step] * (1 / 6.0f);
-    vector c = w[0] * (1 / 24.0f) + w[2 * step] * (1 / 6.0f), e = w[step] * (1 / 12.0f), last = w[2 * step];
+    vector c = w[0] * (1 / 24.0f) + w[2 * step] * (1 / 6.0f), e = w[step] * (1 / 12.0f);
     to[0] = w[0] * 0.25f, to[step] = a - b, to[2 * step] = a + b, to[3 * step] = c + e, to[4 * step] = c - e;
-    to[5 * step] = last;
+    to[5 * step] = w[2 * step];
 }
 
 INLINE void kernel_back(const vector *u, vector *to, int step) { /* G' */
     vector a = (u[step] + u[2 * step]) * (-1 / 6.0f), b = u[3 * step] + u[4 * step];
     vector c = (u[2 * step] - u[step]) * (1 / 6.0f) + (u[3 * step] - u[4 * step]) * (1 / 12.0f);
-    vector last = a + b * (1 / 6.0f) + u[5 * step];
-    to[0] = u[0] * 0.25f + a + b * (1 / 24.0f), to[step] = c, to[2 * step] = last;
+    to[0] = u[0] * 0.25f + a + b * (1 / 24.0f), to[step] = c, to[2 * step] = a + b * (1 / 6.0f) + u[5 * step];
 }
 
 /* c (rows, PANEL) = or += a (rows, depth) b (depth, PANEL), with steps between rows and along the depth. */
@@ -108,13 +107,13 @@ INLINE void products(int64_t rows, const float *a, int64_t row, int64_t along, c
 #define REST(n) \
     case n: product(n, a, row, along, b, below, c, c_row, depth, add); break;
         REST(1) REST(2) REST(3) REST(4) REST(5)
-#if defined(__AVX512VL__) || defined(__aarch64__)
+#if defined(__AVX512VL__)
         REST(6) REST(7) REST(8) REST(9) REST(10) REST(11)
 #endif
     }
 }
 
-/* Room that a thread keeps for the next call; NULL if there is none. */
+/* Room that a thread keeps for the next call, as long as the process lives; NULL if there is none. */
 static float *room_for(float **kept, int64_t *size, int64_t needed) {
     if (*size < needed) {
         free(*kept);
@@ -159,7 +158,8 @@ INLINE void square(const float *x, map m, int64_t channels, int64_t tile, int si
         }
 }
 
-/* The next three ask memory for what the tile to the right will need: it is too scattered to be foreseen. */
+/* The next three ask memory for what the tile to the right will need, which is too scattered to be foreseen. At the end
+   of a row that is something else, or nothing, which does no harm. */
 
 /* B' x B of a tile, to every `step`-th row of channels from `to` on. */
 static void input_tile(const float *x, map m, int64_t channels, int64_t tile, const float *zeros, float *to,
@@ -208,11 +208,11 @@ static void answer_tile(const float *from, int64_t step, const float *bias, floa
     int64_t picture, row, column;
     corner(m, tile, &picture, &row, &column);
     int64_t rows = m.height - row < 4 ? m.height - row : 4, columns = m.width - column < 4 ? m.width - column : 4;
-    float *corner = y + ((picture * m.height + row) * m.width + column) * channels;
+    float *first = y + ((picture * m.height + row) * m.width + column) * channels;
     for (int64_t c = 0; c < channels; c += LANES) {
         if (c % LINE == 0)
             for (int i = 0; i < rows; i++)
-                for (int j = 0; j < columns; j++) __builtin_prefetch(corner + (i * m.width + j + 4) * channels + c, 1);
+                for (int j = 0; j < columns; j++) __builtin_prefetch(first + (i * m.width + j + 4) * channels + c, 1);
         vector d[PLACES], e[24], f[4], shift = bias ? load(bias + c) : (vector){0};
         for (int j = 0; j < 6; j++) {
             for (int i = 0; i < 6; i++) d[i * 6 + j] = load(from + (i * 6 + j) * step + c);
@@ -220,7 +220,7 @@ static void answer_tile(const float *from, int64_t step, const float *bias, floa
         }
         for (int i = 0; i < rows; i++) {
             answer(e + i * 6, f, 1);
-            for (int j = 0; j < columns; j++) store(corner + (i * m.width + j) * channels + c, f[j] + shift);
+            for (int j = 0; j < columns; j++) store(first + (i * m.width + j) * channels + c, f[j] + shift);
         }
     }
 }
@@ -286,13 +286,14 @@ int convolve(const float *x, const float *w, const float *bias, float *y, int64_
 #pragma omp parallel reduction(| : failed)
     {
         float *in = room_for(&own_room, &own_size, PLACES * (in_step + out_step) + channels);
-        failed |= in == NULL;
+        failed |= in == NULL || weights == NULL;
+        float *products_of = in ? in + PLACES * in_step : NULL, *zeros = in ? products_of + PLACES * out_step : NULL;
+        if (in) memset(zeros, 0, channels * sizeof(float));
         if (weights) weights_of(w, channels, out, turned, weights);
-        if (!failed) {
-            float *products_of = in + PLACES * in_step, *zeros = products_of + PLACES * out_step;
-            memset(zeros, 0, channels * sizeof(float));
+        /* Every thread must come by here, also one without memory. */
 #pragma omp for schedule(static) nowait
-            for (int64_t first = 0; first < m.tiles; first += most) {
+        for (int64_t first = 0; first < m.tiles; first += most)
+            if (!failed) {
                 const int64_t count = m.tiles - first < most ? m.tiles - first : most;
                 for (int64_t t = 0; t < count; t++)
                     input_tile(x, m, channels, first + t, zeros, in + t * channels, in_step);
@@ -304,7 +305,6 @@ int convolve(const float *x, const float *w, const float *bias, float *y, int64_
                 for (int64_t t = 0; t < count; t++)
                     answer_tile(products_of + t * out, out_step, bias, y, m, out, first + t);
             }
-        }
     }
     return failed;
 }

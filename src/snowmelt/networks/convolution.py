@@ -3,7 +3,7 @@
 On a CPU, float32 and the channels of a place beside each other (`channels_last`), tiles of 4 x 4 answers are computed
 in a space where a convolution is 36 products of matrices (Lavin & Gray 2015, arXiv:1509.09308). `convolution.c` is
 compiled where that can be done (`kernels.py`); elsewhere torch computes the same. The largest error is some ten times
-that of a direct convolution in float32, and a thousandth of one in bfloat16.
+that of a direct convolution in float32.
 """
 
 from __future__ import annotations
@@ -16,32 +16,37 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snowmelt.networks.group_norm import lies_channels_last
-from snowmelt.networks.kernels import library
+from snowmelt.networks.kernels import COUNT, POINTER, SWITCH, library
 
 PANEL = 16
 """What both numbers of channels must divide by."""
 SMALLEST = 3
 """Side of the maps from which on a tile of 4 x 4 answers is not mostly margin."""
 
-_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
-CONVOLVE = [_POINTER] * 4 + [_COUNT] * 5 + [ctypes.c_int]
-WEIGHT_GRADIENT = [_POINTER] * 4 + [_COUNT] * 5
+FUNCTIONS = (
+    ("convolve", (*(POINTER,) * 4, *(COUNT,) * 5, SWITCH)),
+    ("weight_gradient", (*(POINTER,) * 4, *(COUNT,) * 5)),
+)
 
 
 def compiled() -> ctypes.CDLL | None:
-    """`convolve` and `weight_gradient` of the C file; None where they cannot be compiled."""
-    found = library("convolution")
-    if found is not None:
-        found.convolve.argtypes, found.weight_gradient.argtypes = CONVOLVE, WEIGHT_GRADIENT
-    return found
+    """The functions of the C file; None where they cannot be compiled."""
+    return library("convolution", FUNCTIONS)
 
 
 def kernels_for(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
     """What convolves this map with these weights, if anything but torch does."""
-    fits = not (weight.shape[0] % PANEL or weight.shape[1] % PANEL) and min(x.shape[2:]) >= SMALLEST
-    if not fits or x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    out, channels = weight.shape[:2]
+    fits = not (out % PANEL or channels % PANEL) and x.shape[1] == channels and min(x.shape[2:]) >= SMALLEST
+    if not fits or {x.dtype, weight.dtype} != {torch.float32} or weight.device != x.device:
         return None
-    return compiled() if lies_channels_last(x) else None
+    return compiled() if lies_channels_last(x) and not torch.is_autocast_enabled("cpu") else None
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = compiled()
+    assert kernels is not None
+    return kernels
 
 
 class _Winograd(torch.autograd.Function):
@@ -49,36 +54,31 @@ class _Winograd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
         weight = weight.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
-        return _convolve(x, weight, bias)
+        return _convolve(x, weight, bias, turned=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         slope = slopes[0].contiguous(memory_format=torch.channels_last)
-        dx = _convolve(slope, weight, None) if ctx.needs_input_grad[0] else None
+        dx = _convolve(slope, weight, None, turned=True) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[1:]):
             return dx, None, None
-        dweight, dbias = torch.empty_like(weight), torch.empty(len(weight))
-        kernels = compiled()
-        assert kernels is not None
+        dweight, dbias = torch.empty_like(weight), torch.empty_like(weight[:, 0, 0, 0])
         batch, channels, height, width = x.shape
-        tensors = (x, slope, dweight, dbias)
-        if kernels.weight_gradient(*map(Tensor.data_ptr, tensors), batch, height, width, channels, len(weight)):
+        pointers = map(Tensor.data_ptr, (x, slope, dweight, dbias))
+        if _kernels().weight_gradient(*pointers, batch, height, width, channels, len(weight)):
             raise MemoryError("no memory for the gradient of a convolution")
         return dx, dweight, dbias
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution or, without a bias, its gradient by x, of which `x` is the gradient by the answer."""
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool) -> Tensor:
+    """The convolution or, with turned weights, its gradient by x, of which `x` is the gradient by the answer."""
     batch, channels, height, width = x.shape
-    turned = bias is None
     out = weight.shape[1 if turned else 0]
-    answer = torch.empty((batch, out, height, width), memory_format=torch.channels_last)
-    kernels = compiled()
-    assert kernels is not None
+    answer = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), answer.data_ptr()
-    if kernels.convolve(*pointers, batch, height, width, channels, out, turned):
+    if _kernels().convolve(*pointers, batch, height, width, channels, out, turned):
         raise MemoryError("no memory for a convolution")
     return answer
 

@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 8, LINE = 2 };
+enum { LANES = 8, BESIDE = 2 };
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -92,13 +92,13 @@ static double sum_of(const float *values, int64_t g, int64_t width) {
     return sum;
 }
 
-/* The next four work on `many` vectors of `count` channels that lie beside each other: LINE, a line of the cache, where
-   there are as many. */
+/* The next four work on `many` vectors of `count` channels that lie beside each other: BESIDE of them where
+   there are as many, which are a line of the cache in float32. */
 
 /* Sums over the places of x less `middle`, or of its squares. */
 INLINE void sums(const number *x, const float *middle, float *to, int64_t places, int64_t channels, int many, int count,
                  int squares) {
-    vector total[LINE], from[LINE];
+    vector total[BESIDE], from[BESIDE];
     for (int i = 0; i < many; i++) total[i] = (vector){0}, from[i] = load(middle + i * LANES, count);
     for (int64_t p = 0; p < places; p++)
         for (int i = 0; i < many; i++) {
@@ -111,7 +111,7 @@ INLINE void sums(const number *x, const float *middle, float *to, int64_t places
 /* y = f(x a + b) at all places. */
 INLINE void apply(const number *x, const float *a, const float *b, number *y, int64_t places, int64_t channels,
                   int many, int count, int silu) {
-    vector scale[LINE], shift[LINE];
+    vector scale[BESIDE], shift[BESIDE];
     for (int i = 0; i < many; i++) scale[i] = load(a + i * LANES, count), shift[i] = load(b + i * LANES, count);
     for (int64_t p = 0; p < places; p++)
         for (int i = 0; i < many; i++) {
@@ -123,7 +123,7 @@ INLINE void apply(const number *x, const float *a, const float *b, number *y, in
 /* The gradient by h = (x - middle) a + b at all places, and its sums: plain in dbeta, times x - middle in dgamma. */
 INLINE void slopes(const number *x, const number *dy, const float *middle, const float *a, const float *b, float *dh,
                    float *dbeta, float *dgamma, int64_t places, int64_t channels, int many, int count, int silu) {
-    vector from[LINE], scale[LINE], shift[LINE], first[LINE], second[LINE];
+    vector from[BESIDE], scale[BESIDE], shift[BESIDE], first[BESIDE], second[BESIDE];
     for (int i = 0; i < many; i++) {
         from[i] = load(middle + i * LANES, count), scale[i] = load(a + i * LANES, count);
         shift[i] = load(b + i * LANES, count), first[i] = second[i] = (vector){0};
@@ -140,13 +140,16 @@ INLINE void slopes(const number *x, const number *dy, const float *middle, const
             first[i] += d;
             second[i] += d * away;
         }
-    for (int i = 0; i < many; i++) store(dbeta + i * LANES, first[i], count), store(dgamma + i * LANES, second[i], count);
+    for (int i = 0; i < many; i++) {
+        store(dbeta + i * LANES, first[i], count);
+        store(dgamma + i * LANES, second[i], count);
+    }
 }
 
 /* dx = dh a + (x - middle) second + first at all places. */
 INLINE void back(const number *x, const float *dh, const float *middle, const float *a, const float *first,
                  const float *second, number *dx, int64_t places, int64_t channels, int many, int count) {
-    vector from[LINE], scale[LINE], f[LINE], s[LINE];
+    vector from[BESIDE], scale[BESIDE], f[BESIDE], s[BESIDE];
     for (int i = 0; i < many; i++) {
         from[i] = load(middle + i * LANES, count), scale[i] = load(a + i * LANES, count);
         f[i] = load(first + i * LANES, count), s[i] = load(second + i * LANES, count);
@@ -163,7 +166,7 @@ INLINE void back(const number *x, const float *dh, const float *middle, const fl
 #define ALL_CHANNELS(f)                                                         \
     do {                                                                        \
         int64_t c = 0;                                                          \
-        for (; c + LINE * LANES <= channels; c += LINE * LANES) f(c, LINE, LANES); \
+        for (; c + BESIDE * LANES <= channels; c += BESIDE * LANES) f(c, BESIDE, LANES); \
         for (; c + LANES <= channels; c += LANES) f(c, 1, LANES);               \
         if (c < channels) f(c, 1, (int)(channels - c));                         \
     } while (0)

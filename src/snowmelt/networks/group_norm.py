@@ -16,22 +16,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from snowmelt.networks.kernels import library
+from snowmelt.networks.kernels import COUNT, NUMBER, POINTER, SWITCH, library
 
 FLAGS = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 """By the type of the maps: what the compiler is told."""
 
-_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
-FORWARD = [_POINTER] * 6 + [_COUNT] * 4 + [ctypes.c_float, ctypes.c_int]
-BACKWARD = [_POINTER] * 9 + [_COUNT] * 4 + [ctypes.c_int]
+FUNCTIONS = (
+    ("forward", (*(POINTER,) * 6, *(COUNT,) * 4, NUMBER, SWITCH)),
+    ("backward", (*(POINTER,) * 9, *(COUNT,) * 4, SWITCH)),
+)
 
 
 def compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """`forward` and `backward` of the C file for maps of this type; None where they cannot be compiled."""
-    found = library("group_norm", *FLAGS[dtype]) if dtype in FLAGS else None
-    if found is not None:
-        found.forward.argtypes, found.backward.argtypes = FORWARD, BACKWARD
-    return found
+    """The functions of the C file for maps of this type; None where they cannot be compiled."""
+    return library("group_norm", FUNCTIONS, FLAGS[dtype]) if dtype in FLAGS else None
 
 
 def kernels_for(x: Tensor) -> ctypes.CDLL | None:
@@ -58,7 +56,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         batch, channels, height, width = x.shape
         answer = torch.empty_like(x)
-        mean, inverse = (torch.empty(batch, groups) for _ in range(2))
+        mean, inverse = (torch.empty(batch, groups, dtype=torch.float32, device=x.device) for _ in range(2))
         kernels = compiled(x.dtype)
         assert kernels is not None
         tensors = (x, gamma, beta, answer, mean, inverse)

@@ -10,15 +10,24 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import RLock
 
 COMPILE = ("cc", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-c")
 SECONDS = 20.0
 """That compiling may take."""
+GPUS = ("/dev/nvidiactl", "/dev/kfd")
+"""What is there where a GPU is, which makes it unlikely that the processor computes."""
+
+Functions = tuple[tuple[str, tuple[type, ...]], ...]
+POINTER, COUNT, NUMBER, SWITCH = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+"""What functions are told."""
 
 
 class _Build:
@@ -27,16 +36,19 @@ class _Build:
     def __init__(self, name: str, flags: tuple[str, ...]) -> None:
         self.folder = TemporaryDirectory(prefix="snowmelt-", ignore_cleanup_errors=True)
         self.object, self.library = (Path(self.folder.name) / f"{name}.{ending}" for ending in ("o", "so"))
+        # The compiler's own files go where ours go, also when nobody waits for it.
+        self.environment = {**os.environ, "TMPDIR": self.folder.name}
         source = Path(__file__).with_name(f"{name}.c")
         self.compiler = subprocess.Popen(  # noqa: S603
             [*COMPILE, *flags, str(source), "-o", str(self.object)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            # The compiler's own files go where ours go, also when nobody waits for it.
-            env={**os.environ, "TMPDIR": self.folder.name},
+            env=self.environment,
+            # Of its own, so that Ctrl-C leaves it to us and its helpers end with it.
+            start_new_session=True,
         )
-        atexit.register(self.compiler.kill)
+        atexit.register(self.end)
 
     def loaded(self) -> ctypes.CDLL | None:
         """The library, once torch is there: it is not linked with OpenMP, but takes that of torch and its threads."""
@@ -44,13 +56,21 @@ class _Build:
             if self.compiler.wait(SECONDS):
                 return None
             link = ["cc", "-shared", str(self.object), "-lm", "-o", str(self.library)]
-            subprocess.run(link, check=True, capture_output=True, timeout=SECONDS)  # noqa: S603
+            subprocess.run(link, check=True, capture_output=True, timeout=SECONDS, env=self.environment)  # noqa: S603
             return ctypes.CDLL(str(self.library))
         except (OSError, subprocess.SubprocessError):
             return None
         finally:
-            self.compiler.kill()
-            self.folder.cleanup()
+            self.end()
+
+    def end(self) -> None:
+        """Stop the compiler where it still works, and remove what it made."""
+        atexit.unregister(self.end)
+        if self.compiler.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.compiler.pid, signal.SIGKILL)
+            self.compiler.wait()
+        self.folder.cleanup()
 
 
 @cache
@@ -64,19 +84,36 @@ def _build(name: str, flags: tuple[str, ...]) -> _Build | None:
 
 
 def begin() -> None:
-    """Have the kernels compiled that float32 maps need, without waiting for them."""
-    for name in ("convolution", "group_norm"):
-        _build(name, ())
+    """Have the kernels compiled that float32 maps need, without waiting for them; not where there is a GPU."""
+    if not any(Path(gpu).exists() for gpu in GPUS):
+        for name in ("convolution", "group_norm"):
+            _build(name, ())
+
+
+_one_at_a_time = RLock()
 
 
 @cache
-def library(name: str, *flags: str) -> ctypes.CDLL | None:
-    """What `name`.c of this folder defines, compiled with these flags; None where it cannot be. Needs torch."""
+def _library(name: str, functions: Functions, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     build = _build(name, flags)
-    return build and build.loaded()
+    found = build and build.loaded()
+    for function, types in functions if found else ():
+        getattr(found, function).argtypes = types
+    return found
+
+
+def library(name: str, functions: Functions, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """What `name`.c of this folder defines, compiled with these flags; None where it cannot be. Needs torch.
+
+    Args:
+        functions: those that are called, and what each is told.
+    """
+    with _one_at_a_time:
+        return _library(name, functions, flags)
 
 
 def forget() -> None:
     """What was compiled: the next call of `library` compiles again."""
-    library.cache_clear()
-    _build.cache_clear()
+    with _one_at_a_time:
+        _library.cache_clear()
+        _build.cache_clear()

@@ -119,7 +119,8 @@ def measure(
     """
     threads = threads or threads_for(config.data, cores())
     torch.set_num_threads(threads)
-    keep_memory()
+    if device.type == "cpu":
+        keep_memory()
     use_tensor_cores(device)
     names = tuple(DTYPES) if asked == "auto" else (make_precision(device, asked).name,)
     learners: dict[Precision, Learner] = {}
@@ -200,8 +201,9 @@ def _try_status(run: Run, error: str) -> None:
 def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started: float) -> tuple[Session, Progress]:
     config = run.config
     torch.set_num_threads(config.training.threads)
-    keep_memory()
     device = pick_device(here.device)
+    if device.type == "cpu":
+        keep_memory()
     use_tensor_cores(device)
     precision = precision_of(config.training, device)
     learner = learner_of(config, precision, lambda why: log(f"The network is not compiled ({why})."))
