@@ -60,7 +60,7 @@ FEW, PLENTY = 1000, 20_000
 """Training pictures below which the critic sees changed ones most often, and from which on never."""
 MOST_AUGMENT = 0.6
 
-UPDATES, SMALLEST_BATCH = 400, 8
+UPDATES, SMALLEST_BATCH = 200, 8
 """Updates of a diffusion model below which smaller batches are better: docs/recipe.md."""
 
 VAES: tuple[tuple[int, VAEConfig], ...] = (
@@ -143,7 +143,7 @@ def batch_for(images: int | None, *, most: int) -> int:
     """The largest power of two from `SMALLEST_BATCH` to `most` that leaves `UPDATES` updates of so many images.
 
     >>> [batch_for(images, most=64) for images in (3_000, 10_000, 20_000, 1_000_000, None)]
-    [8, 16, 32, 64, 64]
+    [8, 32, 64, 64, 64]
     """
     batch = most
     while images is not None and batch > SMALLEST_BATCH and images < UPDATES * batch:
