@@ -87,12 +87,12 @@ def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
 def test_short_times_have_small_batches_unless_asked(small):
     assert doctest.testmod(presets).failed == 0
     data = DataConfig(28, 1, pictures=57_000)
-    batches = [preset(data, "diffusion", images=images).training.batch for images in (5_000, 10**6, None)]
+    batches = [preset(data, "diffusion", images=images).training.batch for images in (3_000, 10**6, None)]
     assert batches == [SMALLEST_BATCH, 64, 64]
     assert preset(DataConfig(64, 3), "diffusion", images=10**6).training.batch == 32
     options = TrainOptions("pictures", duration="60s")
     assert resolve(data, options, {"training": {"batch": 48}}, images=5_000).training.batch == 48
-    assert resolve(data, options, {}, images=5_000).training.batch == SMALLEST_BATCH
+    assert resolve(data, options, {}, images=3_000).training.batch == SMALLEST_BATCH
 
 
 def test_only_a_gpu_with_time_has_a_larger_network():
