@@ -54,7 +54,7 @@ def orthogonal(stacks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> 
 
 
 def _scale(gram: Tensor) -> Tensor:
-    """What x is divided by its norm with, from x x^T, whose trace is the square of that."""
+    """1 / the norm of x, from x x^T, whose trace is the square of the norm."""
     return gram.diagonal(dim1=1, dim2=2).float().sum(1).clamp(min=1e-14).rsqrt()[:, None, None]
 
 
