@@ -82,18 +82,26 @@ class Optimizer:
 
     def step_unseen(self, learning_rate: float, loss: Tensor) -> Tensor:
         """The same, without waiting for the device: it finds out itself whether `loss` and gradients are finite."""
-        finite = torch.isfinite(self._clipped() + loss.detach())
+        norm = self._norm()
+        self._clip(norm)
+        finite = torch.isfinite(norm + loss.detach())
         self.move(learning_rate, found_inf=(~finite).float())
         self.module.zero_grad(set_to_none=True)
         return finite
 
-    def _clipped(self) -> Tensor:
-        """Clip the gradients; their norm before."""
-        return nn.utils.clip_grad_norm_(self.module.parameters(), self.clip, foreach=True)
+    def _norm(self) -> Tensor:
+        gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
+        return nn.utils.get_total_norm(gradients, foreach=True)
+
+    def _clip(self, norm: Tensor) -> None:
+        nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip, norm, foreach=True)
 
     def clip_gradients(self) -> bool:
         """Clip the gradients; whether their norm is finite."""
-        return bool(torch.isfinite(self._clipped()))
+        norm = self._norm()
+        if norm > self.clip:
+            self._clip(norm)
+        return bool(torch.isfinite(norm))
 
     def move(self, learning_rate: float, *, found_inf: Tensor | None = None) -> None:
         """Update the weights by the gradients as they are.

@@ -26,7 +26,7 @@ enum { ROWS = 12 }; /* of products at once: so many as there are registers for *
 enum { ROWS = 6 };
 #endif
 
-/* Numbers that a thread works on at once, about what its cache holds; and all of them, for a gradient by weights. */
+/* Numbers that a thread works on at once, about what its cache holds; and that threads work on together. */
 enum { BLOCK = 1 << 17, CHUNK = 1 << 19 };
 
 #define INLINE static inline __attribute__((always_inline))
@@ -240,9 +240,13 @@ INLINE void kernel_panel(const float *w, int64_t tap, int turned, float *to, int
     }
 }
 
+/* Numbers from one place to the next in transformed matrices of (rows, columns): never a multiple of 4096 bytes, of
+   which a cache keeps few. */
+INLINE int64_t step_of(int64_t rows, int64_t columns) { return rows * columns + PANEL; }
+
 /* The weights of a convolution, in panels: (place, columns / PANEL, depth, PANEL). Each thread takes its share. */
 static void weights_of(const float *w, int64_t depth, int64_t columns, int turned, float *to) {
-    const int64_t step = depth * columns;
+    const int64_t step = step_of(depth, columns);
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < columns; panel += PANEL)
         for (int64_t k = 0; k < depth; k += PANEL) {
@@ -279,9 +283,8 @@ int convolve(const float *x, const float *w, const float *bias, float *y, int64_
              int64_t channels, int64_t out, int turned) {
     const map m = map_of(batch, height, width);
     const int64_t most = tiles_at_once(m.tiles, channels + out);
-    /* Not a multiple of 4096 bytes, of which a cache keeps few. */
-    const int64_t in_step = most * channels + PANEL, out_step = most * out + PANEL;
-    float *weights = room_for(&shared_room, &shared_size, PLACES * channels * out);
+    const int64_t in_step = step_of(most, channels), out_step = step_of(most, out), step = step_of(channels, out);
+    float *weights = room_for(&shared_room, &shared_size, PLACES * step);
     int failed = weights == NULL;
 #pragma omp parallel reduction(| : failed)
     {
@@ -300,7 +303,7 @@ int convolve(const float *x, const float *w, const float *bias, float *y, int64_
                 for (int64_t place = 0; place < PLACES; place++)
                     for (int64_t panel = 0; panel < out; panel += PANEL)
                         products(count, in + place * in_step, channels, 1,
-                                 weights + (place * out + panel) * channels, PANEL,
+                                 weights + place * step + panel * channels, PANEL,
                                  products_of + place * out_step + panel, out, channels, 0);
                 for (int64_t t = 0; t < count; t++)
                     answer_tile(products_of + t * out, out_step, bias, y, m, out, first + t);
@@ -309,46 +312,71 @@ int convolve(const float *x, const float *w, const float *bias, float *y, int64_
     return failed;
 }
 
-/* dw (out, 3, 3, channels) and dbias (out) from x and dy. Not 0 if there was no memory. */
+/* dw (out, 3, 3, channels) and dbias (out) from x and dy. Not 0 if there was no memory.
+
+   A team of threads shares its tiles and the sums over them. Where maps are large a team is one thread, which needs
+   nothing that another has made; where weights are many, so that adding the teams' sums would take long, all threads
+   are one team. */
 int weight_gradient(const float *x, const float *dy, float *dw, float *dbias, int64_t batch, int64_t height,
                     int64_t width, int64_t channels, int64_t out) {
     const map m = map_of(batch, height, width);
-    int64_t most = CHUNK / (PLACES * (channels + out));
+    const int64_t threads = omp_get_max_threads();
+    const int alone = m.tiles * (channels + out) >= 2 * threads * channels * out;
+    const int64_t teams = alone ? threads : 1, share = (m.tiles + teams - 1) / teams;
+    int64_t most = (alone ? BLOCK : CHUNK) / (PLACES * (channels + out));
     most = most < 32 ? 32 : most;
-    most = most < m.tiles ? most : m.tiles;
-    const int64_t in_step = most * channels + PANEL, out_step = most * out + PANEL;
-    const int64_t widest = channels > out ? channels : out;
-    float *sums = room_for(&shared_room, &shared_size, PLACES * (channels * out + in_step + out_step) + widest);
-    if (sums == NULL) return 1;
-    float *in = sums + PLACES * channels * out, *slopes = in + PLACES * in_step, *zeros = slopes + PLACES * out_step;
+    most = most < share ? most : share;
+    const int64_t in_step = step_of(most, channels), out_step = step_of(most, out), step = step_of(out, channels);
+    const int64_t widest = channels > out ? channels : out, needed = PLACES * (step + in_step + out_step) + out;
+    float *room = room_for(&shared_room, &shared_size, teams * needed + widest), *zeros = room + teams * needed;
+    if (room == NULL) return 1;
     memset(zeros, 0, widest * sizeof(float));
-    memset(dbias, 0, out * sizeof(float));
 #pragma omp parallel
     {
-        for (int64_t first = 0; first < m.tiles; first += most) {
-            const int64_t count = m.tiles - first < most ? m.tiles - first : most;
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < count; t++) {
-                input_tile(x, m, channels, first + t, zeros, in + t * channels, in_step);
-                slope_tile(dy, m, out, first + t, zeros, slopes + t * out, out_step);
-            }
-#pragma omp for schedule(static)
-            for (int64_t part = 0; part < PLACES * (channels / PANEL); part++) {
-                const int64_t place = part / (channels / PANEL), panel = part % (channels / PANEL) * PANEL;
-                products(out, slopes + place * out_step, 1, out, in + place * in_step + panel, channels,
-                         sums + place * channels * out + panel, channels, count, first > 0);
+        /* There can be fewer threads than there might have been. */
+        const int64_t present = omp_get_num_threads(), me = omp_get_thread_num();
+        const int64_t members = alone ? 1 : present, member = alone ? 0 : me;
+        for (int64_t team = alone ? me : 0; team < teams; team += alone ? present : 1) {
+            float *bias = room + team * needed, *sums = bias + out, *in = sums + PLACES * step;
+            float *slopes = in + PLACES * in_step;
+            const int64_t begin = team * share, end = begin + share < m.tiles ? begin + share : m.tiles;
+            if (member == 0) memset(bias, 0, (out + (begin < end ? 0 : PLACES * step)) * sizeof(float));
+            for (int64_t first = begin; first < end; first += most) {
+                const int64_t count = end - first < most ? end - first : most;
+                for (int64_t t = count * member / members; t < count * (member + 1) / members; t++) {
+                    input_tile(x, m, channels, first + t, zeros, in + t * channels, in_step);
+                    slope_tile(dy, m, out, first + t, zeros, slopes + t * out, out_step);
+                }
+                /* All threads or none come by here: a team of several is the only one. */
+                if (!alone) {
+#pragma omp barrier
+                }
+                for (int64_t place = PLACES * member / members; place < PLACES * (member + 1) / members; place++)
+                    for (int64_t panel = 0; panel < channels; panel += PANEL)
+                        products(out, slopes + place * out_step, 1, out, in + place * in_step + panel, channels,
+                                 sums + place * step + panel, channels, count, first > begin);
                 /* The second row of A sums: the product of both is the sum over a tile. */
-                if (place == 7 && panel == 0)
+                if (member == 0)
                     for (int64_t t = 0; t < count; t++)
-                        for (int64_t c = 0; c < out; c++) dbias[c] += slopes[7 * out_step + t * out + c];
+                        for (int64_t c = 0; c < out; c++) bias[c] += slopes[7 * out_step + t * out + c];
+                if (!alone) {
+#pragma omp barrier
+                }
             }
         }
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < out; row++)
+        for (int64_t row = 0; row < out; row++) {
+            dbias[row] = 0;
+            for (int64_t t = 0; t < teams; t++) dbias[row] += room[t * needed + row];
             for (int64_t c = 0; c < channels; c += LANES) {
                 vector d[PLACES], e[18], f[3];
                 for (int j = 0; j < 6; j++) {
-                    for (int i = 0; i < 6; i++) d[i * 6 + j] = load(sums + ((i * 6 + j) * out + row) * channels + c);
+                    for (int i = 0; i < 6; i++) {
+                        const float *from = room + out + (i * 6 + j) * step + row * channels + c;
+                        d[i * 6 + j] = load(from);
+                        for (int64_t t = 1; t < teams; t++) d[i * 6 + j] += load(from + t * needed);
+                    }
                     kernel_back(d + j, e + j, 6);
                 }
                 for (int i = 0; i < 3; i++) {
@@ -356,6 +384,7 @@ int weight_gradient(const float *x, const float *dy, float *dw, float *dbias, in
                     for (int j = 0; j < 3; j++) store(dw + ((row * 9) + i * 3 + j) * channels + c, f[j]);
                 }
             }
+        }
     }
     return 0;
 }
