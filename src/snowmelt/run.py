@@ -148,6 +148,7 @@ class Run:
         import torch
 
         from snowmelt.data.workers import cores
+        from snowmelt.device import keep_memory
         from snowmelt.models import build_model
         from snowmelt.presets import threads_for
 
@@ -155,6 +156,7 @@ class Run:
         path = self.state_of(state)
         weights = checkpoint.load(path, "average")
         if precision.device.type == "cpu":
+            keep_memory()
             # Pictures are drawn 1.1 to 1.3 times as fast so (docs/recipe.md).
             precision = replace(precision, layout="channels_last")
         model = build_model(self.config, precision)

@@ -51,9 +51,9 @@ def _wide(matrices: Tensor) -> Tensor:
 def factors(stacks: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """For each of several stacks (count, rows, columns), wide ones, two whose product is about the nearest orthogonal.
 
-    Every iteration multiplies x by a polynomial of x x^T, so its products with x can wait: the polynomials are multiplied
-    first, and x by them once. For a kernel of 3 x 3 that is 2.5 times less work, in float32; and x x^T are alike for all
-    x with as many rows, however long they are, so they are multiplied together.
+    Every iteration multiplies x by a polynomial of x x^T, so its products with x can wait: the polynomials are
+    multiplied first, and x by them once. For a kernel of 3 x 3 that is 2.5 times less work, in float32; and x x^T are
+    alike for all x with as many rows, however long they are, so they are multiplied together.
     """
     found = dict[int, tuple[Tensor, Tensor]]()
     places = sorted(range(len(stacks)), key=lambda place: stacks[place].shape[1])

@@ -3,9 +3,9 @@
        y = f(gamma (x - mean) / sqrt(variance + epsilon) + beta),      f(h) = h / (1 + exp(-h)), or h itself
 
    x is (batch, places, channels); gamma and beta are (batch, channels), since a block is told its level; mean and
-   variance are those of a group of channels over all places of one picture. A picture stays in the cache from its
-   statistics to its answer; torch's own kernels walk through NHWC maps many times over. Sums are float32 over the
-   places of a channel and double over the channels of a group.
+   variance are those of a group of channels over all places of one picture. A picture is walked through twice, in the
+   order in which it lies in memory; torch's own kernels walk through NHWC maps many times over. Sums are float32 over
+   the places of a channel, of differences from a typical value of it, and double over the channels of a group.
 
    `group_norm.py` compiles this once for float32, and once for bfloat16 (-DBF16), of which it sees the 16 bits. */
 
@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 8, BESIDE = 2 };
+enum { LANES = 8, TYPICAL = 8 };
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -85,6 +85,113 @@ INLINE vector sigmoid(vector h) {
     return 1 / (1 + power * (vector)exponent);
 }
 
+/* Calls of f(c, count) for vectors of `count` channels from c on, all channels in the end. */
+#define ALL_CHANNELS(f)                                         \
+    do {                                                        \
+        int64_t c = 0;                                          \
+        for (; c + LANES <= channels; c += LANES) f(c, LANES);  \
+        if (c < channels) f(c, (int)(channels - c));            \
+    } while (0)
+
+/* The mean of each channel over some places, spread over the map. */
+static void typical(const number *x, float *to, int64_t places, int64_t channels) {
+    const int64_t some = places < TYPICAL ? places : TYPICAL;
+    for (int64_t c = 0; c < channels; c++) to[c] = 0;
+    for (int64_t i = 0; i < some; i++) {
+        const number *at = x + (2 * i + 1) * places / (2 * some) * channels;
+#define TAKE(c, count) store(to + c, load(to + c, count) + read(at + c, count) * (1.0f / some), count)
+        ALL_CHANNELS(TAKE);
+    }
+}
+
+/* Sums over the places of x - from, and of its squares. */
+static void sums(const number *x, const float *from, float *first, float *second, int64_t places, int64_t channels) {
+    for (int64_t c = 0; c < channels; c++) first[c] = second[c] = 0;
+    for (int64_t p = 0; p < places; p++, x += channels) {
+#define SUM(c, count)                                                       \
+    do {                                                                    \
+        vector away = read(x + c, count) - load(from + c, count);           \
+        store(first + c, load(first + c, count) + away, count);             \
+        store(second + c, load(second + c, count) + away * away, count);    \
+    } while (0)
+        ALL_CHANNELS(SUM);
+    }
+}
+
+/* y = f(x a + b) at all places. */
+INLINE void apply(const number *x, const float *a, const float *b, number *y, int64_t places, int64_t channels,
+                  int silu) {
+    for (int64_t p = 0; p < places; p++, x += channels, y += channels) {
+#define APPLY(c, count)                                                             \
+    do {                                                                            \
+        vector h = read(x + c, count) * load(a + c, count) + load(b + c, count);    \
+        write(y + c, silu ? h * sigmoid(h) : h, count);                             \
+    } while (0)
+        ALL_CHANNELS(APPLY);
+    }
+}
+
+/* The gradient by h = (x - middle) a + b at all places, and its sums: plain in dbeta, times x - middle in dgamma. */
+INLINE void slopes(const number *x, const number *dy, const float *middle, const float *a, const float *b, float *dh,
+                   float *dbeta, float *dgamma, int64_t places, int64_t channels, int silu) {
+    for (int64_t c = 0; c < channels; c++) dbeta[c] = dgamma[c] = 0;
+    for (int64_t p = 0; p < places; p++, x += channels, dy += channels, dh += channels) {
+#define SLOPE(c, count)                                                                 \
+    do {                                                                                \
+        vector away = read(x + c, count) - load(middle + c, count), d = read(dy + c, count); \
+        if (silu) {                                                                     \
+            vector h = away * load(a + c, count) + load(b + c, count), share = sigmoid(h); \
+            d *= share * (1 + h * (1 - share));                                         \
+        }                                                                               \
+        store(dh + c, d, count);                                                        \
+        store(dbeta + c, load(dbeta + c, count) + d, count);                            \
+        store(dgamma + c, load(dgamma + c, count) + d * away, count);                   \
+    } while (0)
+        ALL_CHANNELS(SLOPE);
+    }
+}
+
+/* dx = dh a + (x - middle) second + first at all places. */
+static void back(const number *x, const float *dh, const float *middle, const float *a, const float *first,
+                 const float *second, number *dx, int64_t places, int64_t channels) {
+    for (int64_t p = 0; p < places; p++, x += channels, dx += channels, dh += channels) {
+#define BACK(c, count)                                                                  \
+    do {                                                                                \
+        vector away = read(x + c, count) - load(middle + c, count);                     \
+        vector changed = load(dh + c, count) * load(a + c, count) + away * load(second + c, count); \
+        write(dx + c, changed + load(first + c, count), count);                         \
+    } while (0)
+        ALL_CHANNELS(BACK);
+    }
+}
+
+/* One picture; mean and inverse, 1 / sqrt(variance + epsilon), are of its groups. `room` is for 3 times its channels. */
+static void forward_one(const number *x, const float *gamma, const float *beta, number *y, float *mean, float *inverse,
+                        float *room, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
+    const int64_t width = channels / groups;
+    float *from = room, *a = from + channels, *b = a + channels;
+    typical(x, from, places, channels);
+    sums(x, from, a, b, places, channels);
+    for (int64_t g = 0; g < groups; g++) {
+        double sum = 0, squares = 0;
+        for (int64_t c = g * width; c < (g + 1) * width; c++) sum += from[c] + (double)a[c] / places;
+        sum /= width;
+        /* The mean square of x - mean = (x - from) - (mean - from). */
+        for (int64_t c = g * width; c < (g + 1) * width; c++) {
+            double away = sum - from[c];
+            squares += b[c] - 2 * away * a[c] + away * away * places;
+        }
+        mean[g] = (float)sum;
+        inverse[g] = (float)(1 / sqrt(fmax(squares / (width * places), 0) + epsilon));
+    }
+    for (int64_t c = 0; c < channels; c++) {
+        a[c] = inverse[c / width] * gamma[c];
+        b[c] = beta[c] - mean[c / width] * a[c];
+    }
+    if (silu) apply(x, a, b, y, places, channels, 1);
+    else apply(x, a, b, y, places, channels, 0);
+}
+
 /* The sum over the channels of group g. */
 static double sum_of(const float *values, int64_t g, int64_t width) {
     double sum = 0;
@@ -92,129 +199,21 @@ static double sum_of(const float *values, int64_t g, int64_t width) {
     return sum;
 }
 
-/* The next four work on `many` vectors of `count` channels that lie beside each other: BESIDE of them where
-   there are as many, which are a line of the cache in float32. */
-
-/* Sums over the places of x less `middle`, or of its squares. */
-INLINE void sums(const number *x, const float *middle, float *to, int64_t places, int64_t channels, int many, int count,
-                 int squares) {
-    vector total[BESIDE], from[BESIDE];
-    for (int i = 0; i < many; i++) total[i] = (vector){0}, from[i] = load(middle + i * LANES, count);
-    for (int64_t p = 0; p < places; p++)
-        for (int i = 0; i < many; i++) {
-            vector away = read(x + p * channels + i * LANES, count) - from[i];
-            total[i] += squares ? away * away : away;
-        }
-    for (int i = 0; i < many; i++) store(to + i * LANES, total[i], count);
-}
-
-/* y = f(x a + b) at all places. */
-INLINE void apply(const number *x, const float *a, const float *b, number *y, int64_t places, int64_t channels,
-                  int many, int count, int silu) {
-    vector scale[BESIDE], shift[BESIDE];
-    for (int i = 0; i < many; i++) scale[i] = load(a + i * LANES, count), shift[i] = load(b + i * LANES, count);
-    for (int64_t p = 0; p < places; p++)
-        for (int i = 0; i < many; i++) {
-            vector h = read(x + p * channels + i * LANES, count) * scale[i] + shift[i];
-            write(y + p * channels + i * LANES, silu ? h * sigmoid(h) : h, count);
-        }
-}
-
-/* The gradient by h = (x - middle) a + b at all places, and its sums: plain in dbeta, times x - middle in dgamma. */
-INLINE void slopes(const number *x, const number *dy, const float *middle, const float *a, const float *b, float *dh,
-                   float *dbeta, float *dgamma, int64_t places, int64_t channels, int many, int count, int silu) {
-    vector from[BESIDE], scale[BESIDE], shift[BESIDE], first[BESIDE], second[BESIDE];
-    for (int i = 0; i < many; i++) {
-        from[i] = load(middle + i * LANES, count), scale[i] = load(a + i * LANES, count);
-        shift[i] = load(b + i * LANES, count), first[i] = second[i] = (vector){0};
-    }
-    for (int64_t p = 0; p < places; p++)
-        for (int i = 0; i < many; i++) {
-            const int64_t at = p * channels + i * LANES;
-            vector away = read(x + at, count) - from[i], d = read(dy + at, count);
-            if (silu) {
-                vector h = away * scale[i] + shift[i], share = sigmoid(h);
-                d *= share * (1 + h * (1 - share));
-            }
-            store(dh + at, d, count);
-            first[i] += d;
-            second[i] += d * away;
-        }
-    for (int i = 0; i < many; i++) {
-        store(dbeta + i * LANES, first[i], count);
-        store(dgamma + i * LANES, second[i], count);
-    }
-}
-
-/* dx = dh a + (x - middle) second + first at all places. */
-INLINE void back(const number *x, const float *dh, const float *middle, const float *a, const float *first,
-                 const float *second, number *dx, int64_t places, int64_t channels, int many, int count) {
-    vector from[BESIDE], scale[BESIDE], f[BESIDE], s[BESIDE];
-    for (int i = 0; i < many; i++) {
-        from[i] = load(middle + i * LANES, count), scale[i] = load(a + i * LANES, count);
-        f[i] = load(first + i * LANES, count), s[i] = load(second + i * LANES, count);
-    }
-    for (int64_t p = 0; p < places; p++)
-        for (int i = 0; i < many; i++) {
-            const int64_t at = p * channels + i * LANES;
-            vector away = read(x + at, count) - from[i];
-            write(dx + at, load(dh + at, count) * scale[i] + away * s[i] + f[i], count);
-        }
-}
-
-/* Calls of f(c, many, count) for all channels. */
-#define ALL_CHANNELS(f)                                                         \
-    do {                                                                        \
-        int64_t c = 0;                                                          \
-        for (; c + BESIDE * LANES <= channels; c += BESIDE * LANES) f(c, BESIDE, LANES); \
-        for (; c + LANES <= channels; c += LANES) f(c, 1, LANES);               \
-        if (c < channels) f(c, 1, (int)(channels - c));                         \
-    } while (0)
-
-/* One picture; mean and inverse, 1 / sqrt(variance + epsilon), are of its groups. a and b have room for its channels. */
-static void forward_one(const number *restrict x, const float *restrict gamma, const float *restrict beta,
-                        number *restrict y, float *restrict mean, float *restrict inverse, float *restrict a,
-                        float *restrict b, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
-    const int64_t width = channels / groups;
-    const double count = (double)(width * places);
-    for (int64_t c = 0; c < channels; c++) b[c] = 0;
-#define SUM(c, m, n) sums(x + c, b + c, a + c, places, channels, m, n, 0)
-    ALL_CHANNELS(SUM);
-    for (int64_t g = 0; g < groups; g++) mean[g] = (float)(sum_of(a, g, width) / count);
-    for (int64_t c = 0; c < channels; c++) b[c] = mean[c / width];
-#define SQUARES(c, m, n) sums(x + c, b + c, a + c, places, channels, m, n, 1)
-    ALL_CHANNELS(SQUARES);
-    for (int64_t g = 0; g < groups; g++) inverse[g] = (float)(1 / sqrt(sum_of(a, g, width) / count + epsilon));
-    for (int64_t c = 0; c < channels; c++) {
-        a[c] = inverse[c / width] * gamma[c];
-        b[c] = beta[c] - mean[c / width] * a[c];
-    }
-#define WITH_SILU(c, m, n) apply(x + c, a + c, b + c, y + c, places, channels, m, n, 1)
-#define WITHOUT(c, m, n) apply(x + c, a + c, b + c, y + c, places, channels, m, n, 0)
-    if (silu) ALL_CHANNELS(WITH_SILU);
-    else ALL_CHANNELS(WITHOUT);
-}
-
 /* One picture, from dy; `room` is for 5 + places times its channels. */
-static void backward_one(const number *restrict x, const float *restrict gamma, const float *restrict beta,
-                         const float *restrict mean, const float *restrict inverse, const number *restrict dy,
-                         number *restrict dx, float *restrict dgamma, float *restrict dbeta, float *restrict room,
+static void backward_one(const number *x, const float *gamma, const float *beta, const float *mean,
+                         const float *inverse, const number *dy, number *dx, float *dgamma, float *dbeta, float *room,
                          int64_t places, int64_t channels, int64_t groups, int silu) {
     const int64_t width = channels / groups;
     const double count = (double)(width * places);
-    float *restrict middle = room, *restrict a = middle + channels, *restrict b = a + channels;
-    float *restrict first = b + channels, *restrict second = first + channels, *restrict dh = second + channels;
+    float *middle = room, *a = middle + channels, *b = a + channels;
+    float *first = b + channels, *second = first + channels, *dh = second + channels;
     for (int64_t c = 0; c < channels; c++) {
         middle[c] = mean[c / width];
         a[c] = inverse[c / width] * gamma[c];
         b[c] = beta[c];
     }
-#define SLOPES(c, m, n, silu) \
-    slopes(x + c, dy + c, middle + c, a + c, b + c, dh + c, dbeta + c, dgamma + c, places, channels, m, n, silu)
-#define SLOPES_SILU(c, m, n) SLOPES(c, m, n, 1)
-#define SLOPES_PLAIN(c, m, n) SLOPES(c, m, n, 0)
-    if (silu) ALL_CHANNELS(SLOPES_SILU);
-    else ALL_CHANNELS(SLOPES_PLAIN);
+    if (silu) slopes(x, dy, middle, a, b, dh, dbeta, dgamma, places, channels, 1);
+    else slopes(x, dy, middle, a, b, dh, dbeta, dgamma, places, channels, 0);
     for (int64_t c = 0; c < channels; c++) {
         dgamma[c] *= inverse[c / width];
         first[c] = gamma[c] * dbeta[c];
@@ -228,8 +227,7 @@ static void backward_one(const number *restrict x, const float *restrict gamma, 
             second[c] = (float)(-inverse[g] * inverse[g] * of_second);
         }
     }
-#define BACK(c, m, n) back(x + c, dh + c, middle + c, a + c, first + c, second + c, dx + c, places, channels, m, n)
-    ALL_CHANNELS(BACK);
+    back(x, dh, middle, a, first, second, dx, places, channels);
 }
 
 /* All pictures of a batch; mean and inverse come out, (batch, groups). Not 0 if there was no memory. */
@@ -238,14 +236,14 @@ int forward(const number *x, const float *gamma, const float *beta, number *y, f
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *room = malloc(2 * channels * sizeof(float));
+        float *room = malloc(3 * channels * sizeof(float));
         failed = room == NULL;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < batch; n++)
             if (!failed)
                 forward_one(x + n * places * channels, gamma + n * channels, beta + n * channels,
-                            y + n * places * channels, mean + n * groups, inverse + n * groups, room, room + channels,
-                            places, channels, groups, epsilon, silu);
+                            y + n * places * channels, mean + n * groups, inverse + n * groups, room, places, channels,
+                            groups, epsilon, silu);
         free(room);
     }
     return failed;
