@@ -35,20 +35,23 @@ def test_it_is_torchs_convolution_and_its_gradients(compiler, shape, out):
     torch.manual_seed(0)
     layer = Convolution(shape[1], out).to(memory_format=torch.channels_last)
     x = last(*shape, seed=0).requires_grad_()
+    added = last(shape[0], out, *shape[2:], seed=8).contiguous().requires_grad_()
     assert kernels_for(x, layer.weight) is not None
-    answer = layer(x)
+    answer = layer(x, added)
     assert answer.is_contiguous(memory_format=torch.channels_last)
     slope = last(*answer.shape, seed=1).contiguous()
     answer.backward(slope)
 
     given = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
-    exact = F.conv2d(*given, padding=1)
+    exact = F.conv2d(*given, padding=1) + added.detach()
     exact.backward(slope.double())
     # float32 rounds by 6e-8; the transformations multiply that by some hundred (Lavin & Gray 2015, section 7).
     for one, other in zip(
         (answer, x.grad, layer.weight.grad, layer.bias.grad), (exact, *(t.grad for t in given)), strict=True
     ):
         assert away(one, other) < 2e-5
+    assert added.grad is not None and torch.equal(added.grad, slope)
+    torch.testing.assert_close(layer(x), layer(x, torch.zeros_like(added)), rtol=0, atol=0)
 
 
 def test_only_the_gradients_that_are_asked_for_are_computed(compiler):
@@ -62,20 +65,24 @@ def test_only_the_gradients_that_are_asked_for_are_computed(compiler):
     assert layer.bias.grad is not None and (layer.bias.grad == 2 * 8 * 8).all()
 
 
-def test_a_picture_does_not_depend_on_its_batch_nor_anything_on_threads(compiler):
-    """Bit for bit, as resuming is."""
+def test_a_picture_does_not_depend_on_its_batch_nor_on_threads(compiler):
+    """Bit for bit, and its gradient neither. Those of the weights are added in another order for each number of
+    threads, which rounds by 6e-8 of some thousand numbers' sum; always alike with as many."""
     layer = Convolution(32, 48).to(memory_format=torch.channels_last)
     x = last(7, 32, 10, 10, seed=3).requires_grad_()
     threads, found = torch.get_num_threads(), []
     try:
-        for number in (1, 3):
+        for number in (1, 3, 3):
             torch.set_num_threads(number)
             answer = layer(x)
             found.append([answer, *torch.autograd.grad(answer, [x, *layer.parameters()], torch.ones_like(answer))])
         alone = [layer(picture[None].contiguous(memory_format=torch.channels_last)) for picture in x.detach()]
     finally:
         torch.set_num_threads(threads)
-    assert all(map(torch.equal, *found)) and torch.equal(found[0][0], torch.cat(alone))
+    one, three, again = found
+    assert all(map(torch.equal, three, again)) and torch.equal(one[0], torch.cat(alone))
+    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
+    assert max(map(away, one, three)) < 1e-5
 
 
 def test_a_picture_with_a_value_that_is_no_number_is_lost_alone(compiler):
@@ -115,7 +122,7 @@ def test_weights_are_those_of_a_convolution_of_torch(compiler):
 NO_MEMORY = """
 import torch
 from snowmelt.networks.convolution import compiled
-print(compiled().convolve(None, None, None, None, 1, 4, 4, 2**22, 2**22, 0))
+print(compiled().convolve(None, None, None, None, None, 1, 4, 4, 2**22, 2**22, 0))
 print(compiled().weight_gradient(None, None, None, None, 1, 4, 4, 2**22, 2**22))
 """
 

@@ -27,7 +27,7 @@ enum { ROWS = 6 };
 #endif
 
 /* Numbers that a thread works on at once, about what its cache holds; and that threads work on together. */
-enum { BLOCK = 1 << 17, CHUNK = 1 << 19 };
+enum { BLOCK = 1 << 16, CHUNK = 1 << 19 };
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -145,17 +145,29 @@ INLINE void corner(map m, int64_t tile, int64_t *picture, int64_t *row, int64_t 
     *column = tile % each % m.across * 4;
 }
 
-/* Where the numbers of a square of side `side` from a corner on lie in a map, or `zeros` outside of it. */
-INLINE void square(const float *x, map m, int64_t channels, int64_t tile, int side, int before, const float *zeros,
-                   const float **from) {
+/* What a tile needs of a map: rows, from its first column on, which may lie before the map, since only the columns from
+   `left` to `right` are read. Rows outside of the map are zeros, for as many numbers as MOST places have. */
+enum { MOST = 6 };
+typedef struct {
+    const float *rows[MOST];
+    int left, right;
+} square;
+
+INLINE square square_of(const float *x, map m, int64_t channels, int64_t tile, int side, int before,
+                        const float *zeros) {
     int64_t picture, row, column;
     corner(m, tile, &picture, &row, &column);
-    for (int i = 0; i < side; i++)
-        for (int j = 0; j < side; j++) {
-            int64_t r = row + i - before, c = column + j - before;
-            int inside = r >= 0 && r < m.height && c >= 0 && c < m.width;
-            from[i * side + j] = inside ? x + ((picture * m.height + r) * m.width + c) * channels : zeros;
-        }
+    row -= before, column -= before;
+    square s = {.left = column < 0 ? -column : 0, .right = m.width - column < side ? m.width - column : side};
+    for (int i = 0; i < side; i++) {
+        int inside = row + i >= 0 && row + i < m.height;
+        s.rows[i] = inside ? x + ((picture * m.height + row + i) * m.width + column) * channels : zeros;
+    }
+    return s;
+}
+
+INLINE vector read(const square *s, int i, int j, int64_t channels, int64_t c) {
+    return j >= s->left && j < s->right ? load(s->rows[i] + j * channels + c) : (vector){0};
 }
 
 /* The next three ask memory for what the tile to the right will need, which is too scattered to be foreseen. At the end
@@ -164,20 +176,20 @@ INLINE void square(const float *x, map m, int64_t channels, int64_t tile, int si
 /* B' x B of a tile, to every `step`-th row of channels from `to` on. */
 static void input_tile(const float *x, map m, int64_t channels, int64_t tile, const float *zeros, float *to,
                        int64_t step) {
-    const float *from[PLACES];
-    square(x, m, channels, tile, 6, 1, zeros, from);
+    const square s = square_of(x, m, channels, tile, 6, 1, zeros);
     for (int64_t c = 0; c < channels; c += LANES) {
         vector d[PLACES], e[PLACES];
         if (c % LINE == 0)
             for (int i = 0; i < 6; i++)
-                for (int j = 2; j < 6; j++) __builtin_prefetch(from[i * 6 + j] + 4 * channels + c);
+                for (int j = 6; j < 10; j++) __builtin_prefetch(s.rows[i] + j * channels + c);
         for (int j = 0; j < 6; j++) {
-            for (int i = 0; i < 6; i++) d[i * 6 + j] = load(from[i * 6 + j] + c);
+            for (int i = 0; i < 6; i++) d[i * 6 + j] = read(&s, i, j, channels, c);
             input(d + j, e + j, 6);
         }
+        float *at = to + c;
         for (int i = 0; i < 6; i++) {
             input(e + i * 6, d, 1);
-            for (int j = 0; j < 6; j++) store(to + (i * 6 + j) * step + c, d[j]);
+            for (int j = 0; j < 6; j++, at += step) store(at, d[j]);
         }
     }
 }
@@ -185,34 +197,35 @@ static void input_tile(const float *x, map m, int64_t channels, int64_t tile, co
 /* A dy A' of a tile. */
 static void slope_tile(const float *dy, map m, int64_t channels, int64_t tile, const float *zeros, float *to,
                        int64_t step) {
-    const float *from[16];
-    square(dy, m, channels, tile, 4, 0, zeros, from);
+    const square s = square_of(dy, m, channels, tile, 4, 0, zeros);
     for (int64_t c = 0; c < channels; c += LANES) {
         vector d[24], e[24];
         if (c % LINE == 0)
-            for (int i = 0; i < 16; i++) __builtin_prefetch(from[i] + 4 * channels + c);
+            for (int i = 0; i < 4; i++)
+                for (int j = 4; j < 8; j++) __builtin_prefetch(s.rows[i] + j * channels + c);
         for (int j = 0; j < 4; j++) {
-            for (int i = 0; i < 4; i++) d[i * 4 + j] = load(from[i * 4 + j] + c);
+            for (int i = 0; i < 4; i++) d[i * 4 + j] = read(&s, i, j, channels, c);
             slope(d + j, e + j, 4);
         }
+        float *at = to + c;
         for (int i = 0; i < 6; i++) {
             slope(e + i * 4, d, 1);
-            for (int j = 0; j < 6; j++) store(to + (i * 6 + j) * step + c, d[j]);
+            for (int j = 0; j < 6; j++, at += step) store(at, d[j]);
         }
     }
 }
 
-/* A' m A of a tile, plus the bias. */
-static void answer_tile(const float *from, int64_t step, const float *bias, float *y, map m, int64_t channels,
-                        int64_t tile) {
+/* A' m A of a tile, plus the bias and what is added, either of which may be NULL. */
+static void answer_tile(const float *from, int64_t step, const float *bias, const float *added, float *y, map m,
+                        int64_t channels, int64_t tile) {
     int64_t picture, row, column;
     corner(m, tile, &picture, &row, &column);
     int64_t rows = m.height - row < 4 ? m.height - row : 4, columns = m.width - column < 4 ? m.width - column : 4;
-    float *first = y + ((picture * m.height + row) * m.width + column) * channels;
+    const int64_t first = ((picture * m.height + row) * m.width + column) * channels;
     for (int64_t c = 0; c < channels; c += LANES) {
         if (c % LINE == 0)
             for (int i = 0; i < rows; i++)
-                for (int j = 0; j < columns; j++) __builtin_prefetch(first + (i * m.width + j + 4) * channels + c, 1);
+                for (int j = 0; j < columns; j++) __builtin_prefetch(y + first + (i * m.width + j + 4) * channels + c, 1);
         vector d[PLACES], e[24], f[4], shift = bias ? load(bias + c) : (vector){0};
         for (int j = 0; j < 6; j++) {
             for (int i = 0; i < 6; i++) d[i * 6 + j] = load(from + (i * 6 + j) * step + c);
@@ -220,7 +233,10 @@ static void answer_tile(const float *from, int64_t step, const float *bias, floa
         }
         for (int i = 0; i < rows; i++) {
             answer(e + i * 6, f, 1);
-            for (int j = 0; j < columns; j++) store(first + (i * m.width + j) * channels + c, f[j] + shift);
+            for (int j = 0; j < columns; j++) {
+                const int64_t at = first + (i * m.width + j) * channels + c;
+                store(y + at, f[j] + shift + (added ? load(added + at) : (vector){0}));
+            }
         }
     }
 }
@@ -277,10 +293,10 @@ static int64_t tiles_at_once(int64_t tiles, int64_t numbers) {
 
 /* y (batch, height, width, out) of x (batch, height, width, channels).
 
-   `turned`: w is (channels, 3, 3, out) and turned by half a circle, as for the gradient by x. `bias` may be NULL.
-   Not 0 if there was no memory. */
-int convolve(const float *x, const float *w, const float *bias, float *y, int64_t batch, int64_t height, int64_t width,
-             int64_t channels, int64_t out, int turned) {
+   `turned`: w is (channels, 3, 3, out) and turned by half a circle, as for the gradient by x. `bias` and `added`, which
+   is like y, may be NULL. Not 0 if there was no memory. */
+int convolve(const float *x, const float *w, const float *bias, const float *added, float *y, int64_t batch,
+             int64_t height, int64_t width, int64_t channels, int64_t out, int turned) {
     const map m = map_of(batch, height, width);
     const int64_t most = tiles_at_once(m.tiles, channels + out);
     const int64_t in_step = step_of(most, channels), out_step = step_of(most, out), step = step_of(channels, out);
@@ -288,10 +304,10 @@ int convolve(const float *x, const float *w, const float *bias, float *y, int64_
     int failed = weights == NULL;
 #pragma omp parallel reduction(| : failed)
     {
-        float *in = room_for(&own_room, &own_size, PLACES * (in_step + out_step) + channels);
+        float *in = room_for(&own_room, &own_size, PLACES * (in_step + out_step) + MOST * channels);
         failed |= in == NULL || weights == NULL;
         float *products_of = in ? in + PLACES * in_step : NULL, *zeros = in ? products_of + PLACES * out_step : NULL;
-        if (in) memset(zeros, 0, channels * sizeof(float));
+        if (in) memset(zeros, 0, MOST * channels * sizeof(float));
         if (weights) weights_of(w, channels, out, turned, weights);
         /* Every thread must come by here, also one without memory. */
 #pragma omp for schedule(static) nowait
@@ -306,7 +322,7 @@ int convolve(const float *x, const float *w, const float *bias, float *y, int64_
                                  weights + place * step + panel * channels, PANEL,
                                  products_of + place * out_step + panel, out, channels, 0);
                 for (int64_t t = 0; t < count; t++)
-                    answer_tile(products_of + t * out, out_step, bias, y, m, out, first + t);
+                    answer_tile(products_of + t * out, out_step, bias, added, y, m, out, first + t);
             }
     }
     return failed;
@@ -328,9 +344,10 @@ int weight_gradient(const float *x, const float *dy, float *dw, float *dbias, in
     most = most < share ? most : share;
     const int64_t in_step = step_of(most, channels), out_step = step_of(most, out), step = step_of(out, channels);
     const int64_t widest = channels > out ? channels : out, needed = PLACES * (step + in_step + out_step) + out;
-    float *room = room_for(&shared_room, &shared_size, teams * needed + widest), *zeros = room + teams * needed;
+    float *room = room_for(&shared_room, &shared_size, teams * needed + MOST * widest);
+    float *zeros = room + teams * needed;
     if (room == NULL) return 1;
-    memset(zeros, 0, widest * sizeof(float));
+    memset(zeros, 0, MOST * widest * sizeof(float));
 #pragma omp parallel
     {
         /* There can be fewer threads than there might have been. */

@@ -24,7 +24,7 @@ SMALLEST = 3
 """Side of the maps from which on a tile of 4 x 4 answers is not mostly margin."""
 
 FUNCTIONS = (
-    ("convolve", (*(POINTER,) * 4, *(COUNT,) * 5, SWITCH)),
+    ("convolve", (*(POINTER,) * 5, *(COUNT,) * 5, SWITCH)),
     ("weight_gradient", (*(POINTER,) * 4, *(COUNT,) * 5)),
 )
 
@@ -51,33 +51,35 @@ def _kernels() -> ctypes.CDLL:
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:  # type: ignore[override]
         weight = weight.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
-        return _convolve(x, weight, bias, turned=False)
+        return _convolve(x, weight, bias, added, turned=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         slope = slopes[0].contiguous(memory_format=torch.channels_last)
-        dx = _convolve(slope, weight, None, turned=True) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return dx, None, None
+        dx = _convolve(slope, weight, None, None, turned=True) if ctx.needs_input_grad[0] else None
+        dadded = slope if ctx.needs_input_grad[3] else None
+        if not any(ctx.needs_input_grad[1:3]):
+            return dx, None, None, dadded
         dweight, dbias = torch.empty_like(weight), torch.empty_like(weight[:, 0, 0, 0])
         batch, channels, height, width = x.shape
         pointers = map(Tensor.data_ptr, (x, slope, dweight, dbias))
         if _kernels().weight_gradient(*pointers, batch, height, width, channels, len(weight)):
             raise MemoryError("no memory for the gradient of a convolution")
-        return dx, dweight, dbias
+        return dx, dweight, dbias, dadded
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, *, turned: bool) -> Tensor:
     """The convolution or, with turned weights, its gradient by x, of which `x` is the gradient by the answer."""
     batch, channels, height, width = x.shape
     out = weight.shape[1 if turned else 0]
     answer = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), answer.data_ptr()
+    tensors = x, weight, bias, added, answer
+    pointers = (None if one is None else one.data_ptr() for one in tensors)
     if _kernels().convolve(*pointers, batch, height, width, channels, out, turned):
         raise MemoryError("no memory for a convolution")
     return answer
@@ -89,8 +91,11 @@ class Convolution(nn.Conv2d):
     def __init__(self, channels: int, out: int) -> None:
         super().__init__(channels, out, 3, padding=1)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(batch, out, height, width)."""
+    def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
+        """(batch, out, height, width); `added`, which is like it, is added."""
         if kernels_for(input, self.weight) is None:
-            return super().forward(input)
-        return _Winograd.apply(input, self.weight, self.bias)
+            answer = super().forward(input)
+            return answer if added is None else added + answer
+        if added is not None:
+            added = added.to(input.dtype).contiguous(memory_format=torch.channels_last)
+        return _Winograd.apply(input, self.weight, self.bias, added)

@@ -96,7 +96,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         hidden = self.conv1(self.norm1(x))
         hidden = self.tell(self.norm2, hidden, self.time_emb_proj(F.silu(embedding)))
-        return self.conv_shortcut(x) + self.conv2(self.dropout(hidden))
+        return self.conv2(self.dropout(hidden), self.conv_shortcut(x))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
