@@ -56,12 +56,17 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace a file in one instant: temporary name, fsync, rename."""
+def write_atomic(path: Path, data: bytes | str, *, settle: bool = True) -> None:
+    """Replace a file in one instant: temporary name, fsync, rename.
+
+    Args:
+        settle: make the name durable too; else whoever writes many files does so once, by `sync_directory`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_synced(temporary, data.encode() if isinstance(data, str) else data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    if settle:
+        sync_directory(path.parent)

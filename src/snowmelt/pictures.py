@@ -25,11 +25,11 @@ def picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def save_png(path: Path, image: Image.Image) -> Path:
-    """Write a PNG in one instant."""
+def save_png(path: Path, image: Image.Image, *, settle: bool = True) -> Path:
+    """Write a PNG in one instant; `settle` as for `write_atomic`."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), settle=settle)
     return path
 
 

@@ -197,6 +197,12 @@ def preset(data: DataConfig, model: str, *, images: int | None = None, gpu: bool
     return Config(data, model, network, vae=vae_for(data), gan=gan_for(data), training=training)
 
 
+def drawn_at_once(config: Config) -> int:
+    """Pictures that a model draws at once: as many as fill 64 maps of 32 x 32 places, from 8 to 64 (docs/recipe.md)."""
+    patch = config.network.patch if config.model == "diffusion" else 1
+    return max(8, min(64, 64 * (32 * patch) ** 2 // config.data.size**2))
+
+
 def threads_for(data: DataConfig, available: int) -> int:
     """CPU threads: one for tiny pictures, whose operations are too small to share.
 

@@ -14,7 +14,7 @@ import tyro
 
 from snowmelt import __version__
 from snowmelt.errors import UserError, choose
-from snowmelt.files import make_folder, write_atomic
+from snowmelt.files import make_folder, sync_directory, write_atomic
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class SampleOptions:
     """Also write all pictures as one sheet, grid.png."""
     strip: bool = False
     """Also write strip.png: how the pictures come out of the noise."""
-    batch: int = 32
-    """Pictures drawn at once."""
+    batch: int | None = None
+    """Pictures drawn at once; 64, or fewer of large ones, when not given."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster where the processor has it; fp32 draws the same picture everywhere."""
     device: str = "auto"
@@ -116,6 +116,7 @@ def sample(options: SampleOptions) -> list[Path]:
     from snowmelt.models import check_drawing
     from snowmelt.models.base import Drawing
     from snowmelt.pictures import save_png, sheet, strip
+    from snowmelt.presets import drawn_at_once
     from snowmelt.run import Run
 
     run = Run.open(Path(options.run))
@@ -127,10 +128,11 @@ def sample(options: SampleOptions) -> list[Path]:
     model, checkpoint = run.load_model(precision, options.state)
     make_ready(run, model, drawing)
     facts = _facts(run, checkpoint, options, {} if model.at_once else drawing.as_dict())
+    batch = options.batch or drawn_at_once(run.config)
     files: list[Path] = []
     sheets: list[list[Images]] = []
     with make_folder(Path(options.out or run.path / "samples")) as out:
-        for group, moments in _drawn(run, model, wanted, drawing, options.batch, strip=options.strip):
+        for group, moments in _drawn(run, model, wanted, drawing, batch, strip=options.strip):
             files += _write(out, group, moments[-1], facts)
             if options.grid or options.strip:
                 sheets.append(moments)
@@ -150,8 +152,9 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
     if options.levels and options.steps is not None:
         raise UserError("--levels and --steps exclude each other; give one.")
     for name in ("count", "batch"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; give at least 1.")
+        given: int | None = getattr(options, name)
+        if given is not None and given < 1:
+            raise UserError(f"--{name} is {given}; give at least 1.")
     if options.count * len(options.seeds) > MOST:
         raise UserError(f"--count {options.count} is more than {MOST:,} pictures; draw them in parts, with --first.")
     if options.first < 0:
@@ -211,9 +214,10 @@ def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]
         note = {key: value for key, value in facts.items() if key not in ("classes", "drawing")} | facts["drawing"]
         note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(facts, one, name)}
         path = out / f"{one.stem}.png"
-        save_png(path, picture(pixels))
-        write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
+        save_png(path, picture(pixels), settle=False)
+        write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False), settle=False)
         files += [path, path.with_suffix(".json")]
+    sync_directory(out)
     return files
 
 
