@@ -30,7 +30,7 @@ from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared, open_prepared, spread_rows
 from snowmelt.data.stream import Stream
 from snowmelt.data.workers import cores
-from snowmelt.device import Precision
+from snowmelt.device import Precision, keep_memory
 from snowmelt.ema import Average
 from snowmelt.evaluating.draw import Drawn
 from snowmelt.evaluating.options import EvaluateOptions
@@ -39,6 +39,7 @@ from snowmelt.evaluation.drawing import class_by_chance
 from snowmelt.evaluation.levels import errors_of
 from snowmelt.models import build_learner
 from snowmelt.models.base import Drawing, Learner
+from snowmelt.networks.group_norm import channels_last_pays
 from snowmelt.pictures import save_png, sheet
 from snowmelt.presets import facts_of, preset
 from snowmelt.seeds import generator, noise_source
@@ -82,6 +83,11 @@ def configured(arm: str, data: Prepared, options: Options) -> Config:
     return from_table(Config, tables, arm)
 
 
+def precision() -> Precision:
+    """That of `snowmelt train` on a processor without bf16."""
+    return Precision(CPU, layout="channels_last" if channels_last_pays(CPU) else "default")
+
+
 def trained(config: Config, data: Prepared, options: Options, seed: int) -> tuple[Learner, Average, dict[str, Any]]:
     """The arm, trained."""
     training = dataclasses.replace(config.training, seed=seed, steps=None, seconds=None)
@@ -91,14 +97,14 @@ def trained(config: Config, data: Prepared, options: Options, seed: int) -> tupl
         steps = options.images // training.batch
     else:
         assert options.seconds is not None, "give --seconds or --images"
-        trial = build_learner(config, Precision(CPU))
+        trial = build_learner(config, precision())
         trial.update(stream.at(0), generator(seed, "trial", 0), 0.0)
         begin = time.perf_counter()
         for step in range(1, TRIAL + 1):
             trial.update(stream.at(step), generator(seed, "trial", step), 0.0)
         steps = int(options.seconds * TRIAL / (time.perf_counter() - begin))
     plan = Plan(dataclasses.replace(training, steps=steps), Path(), [(0, steps)])
-    learner = build_learner(config, Precision(CPU))
+    learner = build_learner(config, precision())
     average = Average(learner.averaged, training.average)
     begin = time.perf_counter()
     for step in range(1, steps + 1):
@@ -136,6 +142,7 @@ def main(options: Options) -> None:
     """Train and measure every arm with every seed; the table after each."""
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads or cores())
+    keep_memory()
     data, file = open_prepared(options.data), options.out / "found.json"
     budget = f"{options.images} images" if options.images is not None else f"{options.seconds:g} s"
     for seed in options.seeds:

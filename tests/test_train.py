@@ -348,7 +348,7 @@ def test_what_previews_take_follows_the_machine():
     from snowmelt.training import watch
 
     one = object.__new__(watch.Watch)
-    one.preview_seconds, one.errors_seconds = 10.0, 1.0
+    one.preview_seconds, one.errors_seconds, one.plotting_seconds = 10.0, 1.0, 2.0
     one.keep_pace(0.4)
     assert (one.preview_seconds, one.errors_seconds) == (10.0, 1.0)
     one.keep_pace(0.1)

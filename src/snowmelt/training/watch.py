@@ -59,7 +59,7 @@ STATUS_SECONDS = 2.0
 FINISH = 2.0
 """Seconds that the report and the last checkpoint take."""
 PLOT = 2.0
-"""Seconds that the curves and the picture of a preview take, where it was not seen yet."""
+"""Seconds that the curves take, where it was not seen yet."""
 PROBED = 24
 """Pictures whose errors tell how long those of all take."""
 PROBED_STEPS, PROBING = 6, 0.01
@@ -95,6 +95,8 @@ class Watch:
     """Of the last preview, or foreseen for the first one."""
     saving_seconds: float = 0.0
     """Of writing its picture."""
+    plotting_seconds: float = PLOT
+    """Of drawing the curves."""
     last: tuple[int, list[Images]] = (-1, [])
     """The moments that the preview of the last step drew, which are the final pictures, and that step."""
     errors_seconds: float = 0.0
@@ -185,7 +187,7 @@ class Watch:
         too. Plotting, which is hardly shared among cores, stays what it is.
         """
         change = per_step / (self.pace or per_step)
-        plotting = min(PLOT, self.preview_seconds)
+        plotting = min(self.plotting_seconds, self.preview_seconds)
         self.preview_seconds = plotting + (self.preview_seconds - plotting) * change
         self.errors_seconds *= change
         self.pace = per_step
@@ -227,7 +229,8 @@ class Watch:
                 break
             begin = time.monotonic()
         drawn = taken[0] if at_once else median(taken[1:]) * DRAWING.count
-        self.preview_seconds = drawn + self.errors_seconds + PLOT
+        self._plot()
+        self.preview_seconds = drawn + self.errors_seconds + self.plotting_seconds
 
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
@@ -245,9 +248,15 @@ class Watch:
             errors = time.monotonic()
             self._measure(progress, moments[-1])
             self.errors_seconds = time.monotonic() - errors
-        plot_curves(self.run.metrics(), self.run.path / "curves.png")
+        self._plot()
         self.preview_seconds = time.monotonic() - begin
         self.spent += self.preview_seconds
+
+    def _plot(self) -> None:
+        """The first time takes longest, since more code is loaded for it."""
+        begin = time.monotonic()
+        plot_curves(self.run.metrics(), self.run.path / "curves.png")
+        self.plotting_seconds = time.monotonic() - begin
 
     def finish(self, progress: Progress) -> list[Path]:
         """The final pictures: a grid, a strip of pictures melting out of noise, and what else the family can show."""
