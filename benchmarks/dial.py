@@ -12,9 +12,10 @@ and four that are given, by --config, what somebody might set by hand:
     patches         squares of pixels enter as one place, which leaves a quarter of the places on the widest map;
                     32 pictures
 
-Then, off the clock, each draws as `snowmelt sample` does and is measured as `snowmelt evaluate` measures. The time is
-that of the whole command. A cell is met in a space when the time is within 5 % and the Frechet distance no more than
-1.1 times that of the best preset. Results go on in a file, so that a cell that was run before is not run again.
+with the learning rate that runs of unknown length have, but for the wide one's. Then, off the clock, each draws as
+`snowmelt sample` does and is measured as `snowmelt evaluate` measures. The time is that of the whole command. A cell is
+met in a space when the time is within 5 % and the Frechet distance no more than 1.1 times that of the best preset.
+Results go on in a file, so that a cell that was run before is not run again.
 """
 
 from __future__ import annotations
@@ -55,17 +56,19 @@ class Options:
 
 def presets(facts: DataConfig) -> dict[str, str]:
     """Four configurations for these pictures, as TOML for --config."""
-    from snowmelt.presets import network_for
+    from snowmelt.presets import network_for, preset
 
     network = network_for(facts)
+    # That of runs whose length is not known: it must not follow the dial.
+    rate = preset(facts, "diffusion").training.learning_rate
     wide = {"channels": [2 * width for width in network.channels]}
     channels, attention = list(network.channels[1:]), list(network.attention[1:])
     patches = {"channels": channels, "attention": attention, "patch": 2 * network.patch}
     return {
-        "small batches": _toml(training={"batch": 16}),
-        "large batches": _toml(training={"batch": 64}),
+        "small batches": _toml(training={"batch": 16, "learning_rate": rate}),
+        "large batches": _toml(training={"batch": 64, "learning_rate": rate}),
         "wide": _toml(network=wide, training={"batch": 32, "learning_rate": 2e-3}),
-        "patches": _toml(network=patches, training={"batch": 32}),
+        "patches": _toml(network=patches, training={"batch": 32, "learning_rate": rate}),
     }
 
 

@@ -60,8 +60,10 @@ FEW, PLENTY = 1000, 20_000
 """Training pictures below which the critic sees changed ones most often, and from which on never."""
 MOST_AUGMENT = 0.6
 
-UPDATES, SMALLEST_BATCH = 200, 8
+UPDATES, SMALLEST_BATCH = 300, 8
 """Updates of a diffusion model below which smaller batches are better: docs/recipe.md."""
+BRIEF, BRIEF_RATE = 400, 6e-3
+"""Updates below which a diffusion model has no time for small steps, and the learning rate that it takes then."""
 
 VAES: tuple[tuple[int, VAEConfig], ...] = (
     # up to this size: the network. Most of it works on the smallest map, where pictures pass through fastest.
@@ -136,7 +138,9 @@ def augment_for(pictures: int) -> float:
 def _diffusion_training(data: DataConfig, images: int | None) -> TrainingConfig:
     small = data.size <= 40
     batch = batch_for(images, most=64 if small else 32)
-    return TrainingConfig(batch=batch, learning_rate=3e-3 if small else 2e-3)
+    usual = 3e-3 if small else 2e-3
+    brief = images is not None and images < BRIEF * batch
+    return TrainingConfig(batch=batch, learning_rate=BRIEF_RATE if brief else usual)
 
 
 def batch_for(images: int | None, *, most: int) -> int:

@@ -64,8 +64,10 @@ def fit(session: Session, progress: Progress) -> Progress:
         OSError: something could not be written; see `not_written`.
     """
     plan, watch, seed = session.plan, session.watch, session.run.config.training.seed
+    begin = time.monotonic()
     save(session, progress)
     saved, durations, trained = time.monotonic(), list[float](), 0.0
+    watch.checkpoint_seconds = saved - begin
     first, begin, waiting = progress.step + 1, 0.0, list[bool | Tensor]()
     while not plan.finished(progress.step):
         if session.stop.requested and not waiting:

@@ -56,8 +56,8 @@ ERRORS_SHARE = 0.03
 pictures are learned by heart."""
 STATUS_SECONDS = 2.0
 """Between writes of status.json."""
-FINISH = 2.0
-"""Seconds that the report and the last checkpoint take."""
+FINISH = 0.5
+"""Seconds that the report takes, and the end of the process."""
 PLOT = 2.0
 """Seconds that the curves take, where it was not seen yet."""
 PROBED = 24
@@ -97,6 +97,8 @@ class Watch:
     """Of writing its picture."""
     plotting_seconds: float = PLOT
     """Of drawing the curves."""
+    checkpoint_seconds: float = 0.0
+    """Of saving everything, at the beginning."""
     last: tuple[int, list[Images]] = (-1, [])
     """The moments that the preview of the last step drew, which are the final pictures, and that step."""
     errors_seconds: float = 0.0
@@ -193,8 +195,11 @@ class Watch:
         self.pace = per_step
 
     def seconds_of_finish(self) -> float:
-        """How long it takes to write the final pictures, a grid and a strip twice as large, and the report."""
-        return FINISH + 3 * self.saving_seconds
+        """How long it takes to write the final pictures, a grid and a strip twice as large, a checkpoint and a report.
+
+        A checkpoint is larger then than at the beginning, by the momenta of the optimizer.
+        """
+        return FINISH + 3 * self.saving_seconds + 2 * self.checkpoint_seconds
 
     def preview_if_due(self, progress: Progress) -> None:
         """Draw the preview of this moment, or measure its errors, if there is one and earlier ones left time for it."""
