@@ -69,7 +69,7 @@ def test_a_picture_does_not_depend_on_its_batch_nor_on_threads(compiler):
     """Bit for bit, and its gradient neither. Those of the weights are added in another order for each number of
     threads, which rounds by 6e-8 of some thousand numbers' sum; always alike with as many."""
     layer = Convolution(32, 48).to(memory_format=torch.channels_last)
-    x = last(7, 32, 10, 10, seed=3).requires_grad_()
+    x = last(7, 32, 20, 20, seed=3).requires_grad_()  # so many tiles that each thread has sums of its own
     threads, found = torch.get_num_threads(), []
     try:
         for number in (1, 3, 3):
@@ -83,6 +83,21 @@ def test_a_picture_does_not_depend_on_its_batch_nor_on_threads(compiler):
     assert all(map(torch.equal, three, again)) and torch.equal(one[0], torch.cat(alone))
     assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
     assert max(map(away, one, three)) < 1e-5
+
+
+def test_threads_without_a_tile_add_nothing(compiler):
+    """289 tiles among 18 threads are 17 each, and none for the last."""
+    layer = Convolution(16, 16).to(memory_format=torch.channels_last)
+    x = last(1, 16, 68, 68, seed=9)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 18, 18):
+            torch.set_num_threads(number)
+            found.append(torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())))
+    finally:
+        torch.set_num_threads(threads)
+    one, many, again = found
+    assert max(map(away, one, many)) < 1e-5 and all(map(torch.equal, many, again))
 
 
 def test_a_picture_with_a_value_that_is_no_number_is_lost_alone(compiler):

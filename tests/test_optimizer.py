@@ -42,7 +42,7 @@ def test_muon_steps_are_orthogonal_for_inner_matrices_only():
         change = (weight.detach() - before[name]).flatten(1) if weight.ndim > 1 else None
         if name in optimizer.sources:
             assert change is not None
-            # Five Newton-Schulz steps in bfloat16 bring the singular values that a gradient has (few, from a batch of
+            # Four Newton-Schulz steps bring the singular values that a gradient has (few, from a batch of
             # two) to about 0.7 to 1.2; 0.2 sqrt(larger side) matches the size of an AdamW step.
             values = torch.linalg.svdvals(change) / (1e-2 * 0.2 * max(change.shape) ** 0.5)
             assert 0.5 < values.max() < 1.4, name
@@ -142,7 +142,7 @@ def test_a_device_that_is_not_waited_for_is_never_waited_for(weight):
 def test_muon_is_that_of_torch(monkeypatch: pytest.MonkeyPatch):
     """Ten steps beside `torch.optim.Muon`, which rounds to bfloat16 (0.4 %) in every product.
 
-    It iterates from another scale, which is given to both here.
+    It iterates from another scale, which ours is given here.
     """
     monkeypatch.setattr(muon, "_scale", lambda gram: gram.diagonal(dim1=1, dim2=2).sum(1).rsqrt()[:, None, None])
     rng = torch.Generator().manual_seed(3)
@@ -176,7 +176,7 @@ def test_the_iteration_makes_matrices_orthogonal():
 @pytest.mark.parametrize("rows", [32, MIRRORED + 1])
 @pytest.mark.parametrize("columns", [1, 9])
 def test_matrices_are_made_orthogonal_alike(rows: int, columns: int):
-    """Polynomials first or matrices first, whole products or strips; also where singular values lie far apart.
+    """Square and long ones, whole products and strips; also where singular values lie far apart.
 
     Beside double precision, from the fourth root of the sum of the singular values' fourth powers: 1e-3.
     """

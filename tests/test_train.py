@@ -18,7 +18,7 @@ from snowmelt.config import DataConfig
 from snowmelt.data.prepared import open_prepared
 from snowmelt.errors import UserError
 from snowmelt.models.diffusion import DiffusionLearner
-from snowmelt.presets import SMALLEST_BATCH, facts_of, preset
+from snowmelt.presets import BRIEF_RATE, SMALLEST_BATCH, facts_of, preset
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, resolve, train
 from snowmelt.training import session
@@ -90,6 +90,12 @@ def test_short_times_have_small_batches_unless_asked(small):
     batches = [preset(data, "diffusion", images=images).training.batch for images in (3_000, 10**6, None)]
     assert batches == [SMALLEST_BATCH, 64, 64]
     assert preset(DataConfig(64, 3), "diffusion", images=10**6).training.batch == 32
+    rates = [preset(data, "diffusion", images=images).training.learning_rate for images in (3_000, 10**6, None)]
+    assert rates[0] == BRIEF_RATE > rates[1] == rates[2], "few updates are large ones"
+    options = TrainOptions("pictures", duration="60s")
+    for section, values in (("training", {"optimizer": "adamw"}), ("network", {"channels": [64, 64, 64]})):
+        asked = {"training": {}, section: values}
+        assert resolve(data, options, asked, images=3_000).training.learning_rate == rates[2]
     options = TrainOptions("pictures", duration="60s")
     assert resolve(data, options, {"training": {"batch": 48}}, images=5_000).training.batch == 48
     assert resolve(data, options, {}, images=3_000).training.batch == SMALLEST_BATCH

@@ -25,11 +25,16 @@ def picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def save_png(path: Path, image: Image.Image, *, settle: bool = True) -> Path:
-    """Write a PNG in one instant; `settle` as for `write_atomic`."""
+def png_of(image: Image.Image) -> bytes:
+    """A PNG, as small as it gets."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    write_atomic(path, buffer.getvalue(), settle=settle)
+    return buffer.getvalue()
+
+
+def save_png(path: Path, image: Image.Image, *, settle: bool = True) -> Path:
+    """Write a PNG in one instant; `settle` as for `write_atomic`."""
+    write_atomic(path, png_of(image), settle=settle)
     return path
 
 

@@ -62,8 +62,8 @@ MOST_AUGMENT = 0.6
 
 UPDATES, SMALLEST_BATCH = 300, 8
 """Updates of a diffusion model below which smaller batches are better: docs/recipe.md."""
-BRIEF, BRIEF_RATE = 400, 6e-3
-"""Updates below which a diffusion model has no time for small steps, and the learning rate that it takes then."""
+BRIEF, BRIEF_RATE = 12_000, 6e-3
+"""Images of a run by time below which small steps lead nowhere, and the learning rate that Muon takes then."""
 
 VAES: tuple[tuple[int, VAEConfig], ...] = (
     # up to this size: the network. Most of it works on the smallest map, where pictures pass through fastest.
@@ -137,10 +137,8 @@ def augment_for(pictures: int) -> float:
 
 def _diffusion_training(data: DataConfig, images: int | None) -> TrainingConfig:
     small = data.size <= 40
-    batch = batch_for(images, most=64 if small else 32)
-    usual = 3e-3 if small else 2e-3
-    brief = images is not None and images < BRIEF * batch
-    return TrainingConfig(batch=batch, learning_rate=BRIEF_RATE if brief else usual)
+    rate = BRIEF_RATE if images is not None and images < BRIEF else 3e-3 if small else 2e-3
+    return TrainingConfig(batch=batch_for(images, most=64 if small else 32), learning_rate=rate)
 
 
 def batch_for(images: int | None, *, most: int) -> int:
@@ -202,9 +200,12 @@ def preset(data: DataConfig, model: str, *, images: int | None = None, gpu: bool
 
 
 def drawn_at_once(config: Config) -> int:
-    """Pictures that a model draws at once: as many as fill 64 maps of 32 x 32 places, from 8 to 64 (docs/recipe.md)."""
-    patch = config.network.patch if config.model == "diffusion" else 1
-    return max(8, min(64, 64 * (32 * patch) ** 2 // config.data.size**2))
+    """Pictures that a model draws at once: as many as fill 64 maps of 32 x 32 places, from 8 to 64 (docs/recipe.md).
+
+    >>> [drawn_at_once(preset(DataConfig(size, 3), "diffusion")) for size in (8, 32, 64, 256, 1024)]
+    [64, 64, 64, 16, 8]
+    """
+    return max(8, min(64, 64 * (32 * config.architecture.patch) ** 2 // config.data.size**2))
 
 
 def threads_for(data: DataConfig, available: int) -> int:

@@ -414,6 +414,9 @@ def resolve(
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]
+    if "learning_rate" not in overrides["training"] and (overrides.get("network") or training["optimizer"] != "muon"):
+        # That of short runs was found with Muon on the preset's network.
+        training["learning_rate"] = preset(data, options.model).training.learning_rate
     if "steps" in training and "seconds" in training:
         raise UserError("The training is given by steps and by time; leave one of them away.")
     if "steps" not in training:

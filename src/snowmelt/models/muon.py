@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic whose iteration takes all singular values to about 1: within 0.7 and 1.2."""
+"""Of the quintic whose iteration takes singular values to between 0.7 and 1.2, but for the smallest: docs/recipe.md."""
 ITERATIONS = 4
 """One fewer than is usual, since x is scaled by a tighter bound; see `_scale`."""
 PHASES = {torch.float32: (ITERATIONS,), torch.bfloat16: (2, 2)}
@@ -108,7 +108,7 @@ def _symmetric(a: Tensor, b: Tensor) -> Tensor:
     In strips of rows, each from the diagonal on: 10 of 16 blocks.
     """
     rows = a.shape[1]
-    if a.is_cuda or a.dtype != torch.float32 or rows < MIRRORED:
+    if a.device.type != "cpu" or a.dtype != torch.float32 or rows < MIRRORED:
         return a @ b
     answer = a.new_empty(len(a), rows, rows)
     for begin in range(0, rows, height := -(-rows // STRIPS)):

@@ -99,7 +99,8 @@ class Optimizer:
     def clip_gradients(self) -> bool:
         """Clip the gradients; whether their norm is finite."""
         norm = self._norm()
-        if norm > self.clip:
+        # A processor need not multiply by 1; a device would be waited for once more.
+        if norm.device.type != "cpu" or norm > self.clip:
             self._clip(norm)
         return bool(torch.isfinite(norm))
 

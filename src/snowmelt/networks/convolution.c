@@ -146,10 +146,10 @@ INLINE void corner(map m, int64_t tile, int64_t *picture, int64_t *row, int64_t 
 }
 
 /* What a tile needs of a map: rows, from its first column on, which may lie before the map, since only the columns from
-   `left` to `right` are read. Rows outside of the map are zeros, for as many numbers as MOST places have. */
-enum { MOST = 6 };
+   `left` to `right` are read. Rows outside of the map are zeros, for as many numbers as SIDE places have. */
+enum { SIDE = 6 };
 typedef struct {
-    const float *rows[MOST];
+    const float *rows[SIDE];
     int left, right;
 } square;
 
@@ -256,8 +256,8 @@ INLINE void kernel_panel(const float *w, int64_t tap, int turned, float *to, int
     }
 }
 
-/* Numbers from one place to the next in transformed matrices of (rows, columns): never a multiple of 4096 bytes, of
-   which a cache keeps few. */
+/* Numbers from one place to the next in transformed matrices of (rows, columns): a line more than they have, since they
+   are often a multiple of 4096 bytes, of which a cache keeps few. */
 INLINE int64_t step_of(int64_t rows, int64_t columns) { return rows * columns + PANEL; }
 
 /* The weights of a convolution, in panels: (place, columns / PANEL, depth, PANEL). Each thread takes its share. */
@@ -304,10 +304,10 @@ int convolve(const float *x, const float *w, const float *bias, const float *add
     int failed = weights == NULL;
 #pragma omp parallel reduction(| : failed)
     {
-        float *in = room_for(&own_room, &own_size, PLACES * (in_step + out_step) + MOST * channels);
+        float *in = room_for(&own_room, &own_size, PLACES * (in_step + out_step) + SIDE * channels);
         failed |= in == NULL || weights == NULL;
         float *products_of = in ? in + PLACES * in_step : NULL, *zeros = in ? products_of + PLACES * out_step : NULL;
-        if (in) memset(zeros, 0, MOST * channels * sizeof(float));
+        if (!failed) memset(zeros, 0, SIDE * channels * sizeof(float));
         if (weights) weights_of(w, channels, out, turned, weights);
         /* Every thread must come by here, also one without memory. */
 #pragma omp for schedule(static) nowait
@@ -344,10 +344,10 @@ int weight_gradient(const float *x, const float *dy, float *dw, float *dbias, in
     most = most < share ? most : share;
     const int64_t in_step = step_of(most, channels), out_step = step_of(most, out), step = step_of(out, channels);
     const int64_t widest = channels > out ? channels : out, needed = PLACES * (step + in_step + out_step) + out;
-    float *room = room_for(&shared_room, &shared_size, teams * needed + MOST * widest);
-    float *zeros = room + teams * needed;
+    float *room = room_for(&shared_room, &shared_size, teams * needed + SIDE * widest);
     if (room == NULL) return 1;
-    memset(zeros, 0, MOST * widest * sizeof(float));
+    float *zeros = room + teams * needed;
+    memset(zeros, 0, SIDE * widest * sizeof(float));
 #pragma omp parallel
     {
         /* There can be fewer threads than there might have been. */

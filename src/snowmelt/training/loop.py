@@ -64,10 +64,8 @@ def fit(session: Session, progress: Progress) -> Progress:
         OSError: something could not be written; see `not_written`.
     """
     plan, watch, seed = session.plan, session.watch, session.run.config.training.seed
-    begin = time.monotonic()
     save(session, progress)
     saved, durations, trained = time.monotonic(), list[float](), 0.0
-    watch.checkpoint_seconds = saved - begin
     first, begin, waiting = progress.step + 1, 0.0, list[bool | Tensor]()
     while not plan.finished(progress.step):
         if session.stop.requested and not waiting:
@@ -212,8 +210,10 @@ def save(session: Session, progress: Progress) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in groups["weights"].values()):
         session.log(f"Step {progress.step} was not saved: weights are not finite.")
         return
-    progress.elapsed = time.monotonic() - session.started
+    begin = time.monotonic()
+    progress.elapsed = begin - session.started
     checkpoint.save(session.run.checkpoints, progress.step, groups, progress.as_dict())
+    session.watch.checkpoint_seconds = max(session.watch.checkpoint_seconds, time.monotonic() - begin)
     session.run.write_status("training", step=progress.step, images=progress.images)
 
 

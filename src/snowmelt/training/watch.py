@@ -27,7 +27,7 @@ from snowmelt.evaluation.curves import plot_curves
 from snowmelt.evaluation.levels import batch_of, errors_of
 from snowmelt.evaluation.memorization import gaps
 from snowmelt.models.base import Drawing, Learner
-from snowmelt.pictures import moments_of, save_png, sheet, strip
+from snowmelt.pictures import moments_of, png_of, save_png, sheet, strip
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
 from snowmelt.shapes import Images, Labels
@@ -58,8 +58,6 @@ STATUS_SECONDS = 2.0
 """Between writes of status.json."""
 FINISH = 0.5
 """Seconds that the report takes, and the end of the process."""
-PLOT = 2.0
-"""Seconds that the curves take, where it was not seen yet."""
 PROBED = 24
 """Pictures whose errors tell how long those of all take."""
 PROBED_STEPS, PROBING = 6, 0.01
@@ -95,10 +93,10 @@ class Watch:
     """Of the last preview, or foreseen for the first one."""
     saving_seconds: float = 0.0
     """Of writing its picture."""
-    plotting_seconds: float = PLOT
+    plotting_seconds: float = 0.0
     """Of drawing the curves."""
     checkpoint_seconds: float = 0.0
-    """Of saving everything, at the beginning."""
+    """Of saving everything, at most so far: the first time without the momenta of the optimizer."""
     last: tuple[int, list[Images]] = (-1, [])
     """The moments that the preview of the last step drew, which are the final pictures, and that step."""
     errors_seconds: float = 0.0
@@ -195,10 +193,7 @@ class Watch:
         self.pace = per_step
 
     def seconds_of_finish(self) -> float:
-        """How long it takes to write the final pictures, a grid and a strip twice as large, a checkpoint and a report.
-
-        A checkpoint is larger then than at the beginning, by the momenta of the optimizer.
-        """
+        """How long it takes to write the final pictures, a grid and a strip twice as large, a checkpoint and a report."""
         return FINISH + 3 * self.saving_seconds + 2 * self.checkpoint_seconds
 
     def preview_if_due(self, progress: Progress) -> None:
@@ -228,14 +223,20 @@ class Watch:
         self.errors_seconds = (time.monotonic() - begin) * whole / max(1, len(rows))
         most = PROBING * (self.plan.config.seconds or 0.0)
         at_once, taken, begin = self.learner.model.at_once, list[float](), time.monotonic()
-        for _ in islice(self._steps(), 1 if at_once else PROBED_STEPS):
+        pictures: Images | None = None
+        for step in islice(self._steps(), 1 if at_once else PROBED_STEPS):
+            pictures = step.x0
             taken.append(time.monotonic() - begin)
             if len(taken) > 1 and sum(taken) > most:
                 break
             begin = time.monotonic()
         drawn = taken[0] if at_once else median(taken[1:]) * DRAWING.count
+        if pictures is not None:
+            begin = time.monotonic()
+            png_of(sheet(pictures, self._columns()))
+            self.saving_seconds = time.monotonic() - begin
         self._plot()
-        self.preview_seconds = drawn + self.errors_seconds + self.plotting_seconds
+        self.preview_seconds = drawn + self.saving_seconds + self.errors_seconds + self.plotting_seconds
 
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
