@@ -65,7 +65,7 @@ def test_it_is_torchs_norm_and_its_gradient(compiler, dtype, silu, told, shape):
 def test_its_variance_survives_values_far_from_zero_and_one_that_is_unlike_all_others(compiler):
     """Squares of differences from a typical value are summed: that one must not be lost in the mean, nor misled.
 
-    Values of 1,000 have 6e-5 between two of them, and are multiplied by about 1: 2e-4 of the answers, which are about 1.
+    Values of 1,000 have 6e-5 between two of them, and are multiplied by about 1: 2e-4 of answers of about 1.
     """
     rng = torch.Generator().manual_seed(0)
     x = 1000 + torch.randn(2, 16, 16, 16, generator=rng)

@@ -97,8 +97,6 @@ class Convolution(nn.Conv2d):
             answer = super().forward(input)
             return answer if added is None else added + answer
         if added is not None:
-            assert added.shape == (len(input), self.out_channels, *input.shape[2:]), (
-                "C reads as many numbers as it writes"
-            )
+            assert added.shape == (len(input), self.out_channels, *input.shape[2:]), "C reads as many as it writes"
             added = added.to(input.dtype).contiguous(memory_format=torch.channels_last)
         return _Winograd.apply(input, self.weight, self.bias, added)

@@ -193,7 +193,7 @@ class Watch:
         self.pace = per_step
 
     def seconds_of_finish(self) -> float:
-        """How long it takes to write the final pictures, a grid and a strip twice as large, a checkpoint and a report."""
+        """How long it takes to write the final pictures, grid and strip twice as large, a checkpoint and a report."""
         return FINISH + 3 * self.saving_seconds + 2 * self.checkpoint_seconds
 
     def preview_if_due(self, progress: Progress) -> None:
