@@ -49,7 +49,7 @@ LOSS = "held_out_loss"
 """The error that every family measures by this name, on training pictures too."""
 SHOWN = 8
 """Rows of what only one family can show."""
-WATCH_SHARE = 0.08
+WATCH_SHARE = 0.05
 """Of the time of a run that previews may take; the last one is always drawn."""
 ERRORS_SHARE = 0.03
 """Of the time that may go to measuring errors at moments for whose preview there is none: so that it is seen when
