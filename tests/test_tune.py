@@ -135,6 +135,19 @@ def test_moves_lead_to_the_least_distance():
     assert aim.eta == 0.25 and aim.levels[0] == -8 and aim.levels[-1] == pytest.approx(5)
 
 
+def test_the_best_of_both_kinds_is_moved():
+    """The second of two is farther at first, and has the valley on its side; where there is one kind, it is that."""
+    near, far = Drawing(sampler="ipndm", levels=(-9.0, 0.0, 6.0)), Drawing(sampler="deis", levels=(-9.0, 0.0, 6.0))
+
+    def distance(drawing: Drawing) -> float:
+        return 5.0 if drawing.sampler == "ipndm" else 10.0 - 3 * (6.0 - drawing.levels[-1])
+
+    judged = [tune.Judged(distance(one), one) for one in (near, far)]
+    best, start = tune.moved_on(distance, judged, 1)
+    assert start.drawing == far and best.distance < 5
+    assert tune.moved_on(distance, judged[:1], 1) == (judged[0], judged[0])
+
+
 def test_there_are_no_moves_to_where_nothing_is():
     short = Drawing(sampler="dpmpp_2m", levels=(-0.4, 0.4))
     assert tune.ended(short, 1) is None and tune.started(short, 1) is None, "the levels would fall"
