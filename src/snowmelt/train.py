@@ -414,7 +414,8 @@ def resolve(
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]
-    if "learning_rate" not in overrides["training"] and (overrides.get("network") or training["optimizer"] != "muon"):
+    unusual = overrides.get("network") or training["optimizer"] != "muon"
+    if unusual and "learning_rate" not in overrides.get("training", {}):
         # That of short runs was found with Muon on the preset's network.
         training["learning_rate"] = preset(data, options.model).training.learning_rate
     if "steps" in training and "seconds" in training:
