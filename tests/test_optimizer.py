@@ -10,7 +10,7 @@ from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.ema import Average
 from snowmelt.models import build_learner, muon
-from snowmelt.models.muon import COEFFICIENTS, ITERATIONS, MIRRORED, Muon, orthogonal
+from snowmelt.models.muon import COEFFICIENTS, ITERATIONS, MIRRORED, Muon, factors
 from snowmelt.models.optimizer import Optimizer
 from snowmelt.networks.unet import UNet
 from snowmelt.seeds import generator
@@ -22,6 +22,19 @@ def network() -> UNet:
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     return net
+
+
+def orthogonal(stacks: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """The products of the factors, of stacks with as many rows together, as Muon takes them."""
+    wide = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
+    answers = dict[int, torch.Tensor]()
+    for rows in {x.shape[1] for x in wide}:
+        places = [place for place, x in enumerate(wide) if x.shape[1] == rows]
+        found = factors([wide[place] for place in places], dtype)
+        answers |= {place: factor @ x for place, (factor, x) in zip(places, found, strict=True)}
+    return [
+        answers[place].mT if stack.shape[1] > stack.shape[2] else answers[place] for place, stack in enumerate(stacks)
+    ]
 
 
 def backward(net: UNet, seed: int) -> None:
