@@ -158,13 +158,12 @@ def snowmelt_trained(data: Path, seconds: float, options: Options, device: torch
         asked = model.bind(labels)
         return lambda x, log_snr: asked(x, log_snr).clamp(-1, 1)
 
-    ways = [training.layout] * (training.layout != "default") + ["compiled"] * training.compile
     return bind, {
         "images": status["images"],
         "speed": median(speeds),
         "parameters": status["parameters"],
         "operations": operations_of(run.config.network, run.config.data),
-        "how": ", ".join((training.precision, *ways, f"batch {training.batch}")),
+        "how": ", ".join((*training.ways, f"batch {training.batch}")),
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 
 from snowmelt.config import Config, DataConfig, TrainingConfig, UNetConfig
 from snowmelt.data.stream import Batch
-from snowmelt.device import LEAST_COMPILED, Precision, changes_for, compile_training, improved
+from snowmelt.device import LEAST_COMPILED, Precision, Replayed, changes_for, improved, speed_up
 from snowmelt.models import build_learner
 from snowmelt.seeds import generator
 
@@ -45,7 +47,7 @@ def test_training_is_compiled_and_evaluation_is_not(monkeypatch):
     monkeypatch.setattr(torch, "compile", pretend)
     network, x = Small(), torch.ones(2, 3)
     names, expected = list(network.state_dict()), network(x, shift=1.0)
-    compile_training(network, said.append)
+    speed_up(network, Precision(CPU, compiled=True), said.append)
     assert torch.equal(network(x, shift=1.0), expected) and calls == [1]
     network.eval()
     assert torch.equal(network(x, shift=1.0), expected) and calls == [1]
@@ -56,13 +58,86 @@ def test_training_is_compiled_and_evaluation_is_not(monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["at once", "when called"])
-def test_without_a_compiler_training_goes_on(monkeypatch, when):
+@pytest.mark.parametrize("ways", [{"compiled": True}, {"compiled": True, "recorded": True}], ids=["alone", "recorded"])
+def test_without_a_compiler_training_goes_on(monkeypatch, when, ways):
     monkeypatch.setattr(torch, "compile", unable if when == "at once" else lambda _forward, **_named: unable)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda network, given, **_named: network(*given))
     network, said = Small(), []
     expected = network(torch.ones(2, 3))
-    compile_training(network, said.append)
+    speed_up(network, Precision(CPU, **ways), said.append)
     assert all(torch.equal(network(torch.ones(2, 3)), expected) for _ in range(3))
     assert said == ["no compiler here"], "said once"
+
+
+def record(network, given, **_named):
+    """What torch does to a module that it records, but for the recording; each call of the copy is noted."""
+    plain, network.notes = network.forward, []
+
+    def replay(*tensors):
+        network.notes.append([len(tensors), gc.isenabled()])
+        return plain(*tensors)
+
+    network.notes.append([len(given), gc.isenabled()])
+    network.forward = replay
+
+
+def test_training_is_recorded_once(monkeypatch):
+    """What was left away is not a tensor to record; meanwhile nothing is collected, which would break a recording."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    network, said, x = Small(), [], torch.ones(2, 3)
+    expected = network(x)
+    speed_up(network, Precision(CPU, recorded=True), said.append)
+    assert all(torch.equal(network(x, None), expected) for _ in range(2))
+    assert network.notes == [[1, False], [1, True], [1, True]] and said == []
+    network.eval()
+    assert torch.equal(network(x), expected) and len(network.notes) == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_function_is_replayed_after_its_first_calls(monkeypatch, fails):
+    """With a graph that calls, on tensors that pass for those of a GPU."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            function.answer.copy_(function.function(*function.given))
+
+    def double(x):
+        calls.append(x)
+        return 2 * x
+
+    @contextmanager
+    def graph(_graph):
+        if fails:
+            raise RuntimeError("cannot be recorded")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(Replayed, "DEVICE", "cpu")
+    function = Replayed(double)
+    answers = [function(torch.full((), float(number))) for number in range(6)]
+    assert torch.stack(answers).tolist() == [0, 2, 4, 6, 8, 10]
+    assert (function.graph is None) == fails and len(calls) == (6 if fails else 7), "recorded, and then three times"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_what_a_gpu_records_is_what_it_computes():
+    """Over updates enough for both to be replayed. Its sums have no fixed order: 1e-3 of the change is far above."""
+    config = Config(DataConfig(16, 3), network=UNetConfig(channels=(16, 32), attention=(False, True)))
+    device = torch.device("cuda")
+    learners = [build_learner(config, Precision(device, recorded=recorded)) for recorded in (False, True)]
+    speed_up(learners[1].model.compilable, learners[1].model.precision, pytest.fail)
+    start = {name: weight.clone() for name, weight in learners[0].model.state_dict().items()}
+    for learner in learners:
+        learner.optimizer.unseen.WARM = 3 if learner is learners[1] else 100
+        for step in range(6):
+            images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(step)).to(device)
+            assert learner.update(Batch(images, None), generator(0, "train", step, device=device), 1e-4).finite
+    assert learners[1].optimizer.unseen.graph is not None
+    one, other = (learner.model.state_dict() for learner in learners)
+    name = "denoiser.backbone.conv_out.weight"
+    assert (one[name] - other[name]).norm() < 1e-3 * (one[name] - start[name]).norm()
 
 
 def test_changes_are_kept_where_they_pay():
@@ -76,18 +151,32 @@ def test_changes_are_kept_where_they_pay():
 
     found = improved(Precision(CPU, "bf16"), step, before=0.005, seconds=0.0)
     assert found.precision == Precision(CPU, "bf16", "channels_last") and 0.001 <= found.seconds < 0.004
-    assert tried[-1] == Precision(CPU, "bf16", "channels_last", compiled=True), "one on top of the other"
+    assert Precision(CPU, "bf16", "channels_last", compiled=True) in tried, "one on top of the other"
+    assert tried[-1] == Precision(CPU, "bf16", "channels_last", recorded=True), "without what could not be made"
     assert found.reasons[0].startswith("channels_last: yes (")
     assert found.reasons[1] == "compiled: no (no compiler here)"
     slower = improved(Precision(CPU), lambda _precision: time.sleep(0.005), before=0.004, seconds=0.0)
     assert slower.precision == Precision(CPU) and slower.seconds == 0.004
-    assert [reason.split(" (")[0] for reason in slower.reasons] == ["channels_last: no", "compiled: no"]
+    assert [reason.split(" (")[0] for reason in slower.reasons] == ["channels_last: no", "compiled: no", "recorded: no"]
+
+
+def test_the_compiler_takes_the_layout_that_it_is_fast_in():
+    """Even where that layout alone is slow; not where a person has set the layout."""
+
+    def step(precision):
+        time.sleep(0.001 if precision.compiled else 0.01 if precision.layout == "channels_last" else 0.005)
+
+    for given, layout in (((), "channels_last"), (("layout",), "default")):
+        changes = [name for name in ("layout", "compile") if name not in given]
+        found = improved(Precision(CPU), step, before=0.005, changes=changes, given=given, seconds=0.0)
+        assert found.precision == Precision(CPU, layout=layout, compiled=True)
 
 
 def test_only_a_gpu_compiles():
     assert changes_for(CPU, 1e9) == ["layout"]
     cuda = torch.device("cuda")
-    assert changes_for(cuda, LEAST_COMPILED) == ["layout", "compile"] and changes_for(cuda, 60.0) == ["layout"]
+    assert changes_for(cuda, LEAST_COMPILED) == ["layout", "compile", "record"]
+    assert changes_for(cuda, 60.0) == ["layout", "record"]
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

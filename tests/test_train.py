@@ -18,7 +18,7 @@ from snowmelt.config import DataConfig
 from snowmelt.data.prepared import open_prepared
 from snowmelt.errors import UserError
 from snowmelt.models.diffusion import DiffusionLearner
-from snowmelt.presets import BRIEF_RATE, SMALLEST_BATCH, facts_of, preset
+from snowmelt.presets import BRIEF_RATE, DROPOUT, OFTEN, SMALLEST_BATCH, facts_of, preset
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, resolve, train
 from snowmelt.training import session
@@ -102,24 +102,30 @@ def test_short_times_have_small_batches_unless_asked(small):
 
 
 def test_only_a_gpu_with_time_has_a_larger_network():
-    """A CPU keeps the network that was measured, however long it trains."""
+    """A CPU keeps the network that was measured, however long it trains; a GPU takes larger batches at least."""
     data = DataConfig(32, 3, pictures=50_000)
     usual = preset(data, "diffusion", images=10**6)
     assert all(preset(data, "diffusion", images=images) == usual for images in (5 * 10**6, 10**9))
-    assert preset(data, "diffusion", images=4_999_999, gpu=True) == preset(data, "diffusion", gpu=True) == usual
-    large = preset(data, "diffusion", images=5 * 10**6, gpu=True)
+    quick = preset(data, "diffusion", gpu=True)
+    assert quick.network == usual.network and quick.training.batch == 4 * usual.training.batch
+    large = preset(data, "diffusion", gpu=True, large=True)
     assert large.network.channels == (128, 256, 256) and large.training.batch == 512
     assert large.training.learning_rate < usual.training.learning_rate
-    assert preset(DataConfig(8, 1), "diffusion", images=10**9, gpu=True).network.channels == (32, 64)
-    assert preset(data, "vae", images=10**9, gpu=True) == preset(data, "vae", images=10**9)
+    assert preset(DataConfig(8, 1), "diffusion", gpu=True, large=True).network.channels == (32, 64)
+    assert preset(data, "vae", gpu=True, large=True) == preset(data, "vae")
+    dropouts = [
+        preset(data, "diffusion", images=images, gpu=True, large=True).network.dropout
+        for images in (None, OFTEN * data.pictures - 1, OFTEN * data.pictures)
+    ]
+    assert dropouts == [0, 0, DROPOUT], "for pictures that are seen again and again"
 
 
 @pytest.mark.parametrize(
     ("large", "said", "measurements"),
     [
-        (5000.0, "a larger one, which sees 3,000,000 images", 2),
-        (500.0, "a larger one would see 300,000 images", 3),
-        (None, "a larger one cannot be trained: OutOfMemoryError: CUDA out of memory", 3),
+        (5000.0, "a larger one, which sees 3,000,000 images", 1),
+        (500.0, "a larger one would see 300,000 images", 2),
+        (None, "a larger one cannot be trained: OutOfMemoryError: CUDA out of memory", 2),
     ],
 )
 def test_a_larger_network_is_measured_before_it_is_chosen(
@@ -137,17 +143,17 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
         wide = config.network.channels[0] == 128
         if wide and large is None:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        return session.Measured("fp32", 1, large if wide else 20_000.0, "channels_last", True)
+        return session.Measured("fp32", 1, large if wide else 20_000.0, "channels_last", compile=True, record=True)
 
     monkeypatch.setattr(session, "measure", measure)
     monkeypatch.setattr(device, "is_gpu", lambda _device: True)
     assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", "10m", "--plan"]) == 0
     words = " ".join(capsys.readouterr().err.split())
-    assert said in words and "fp32, channels_last, compiled, 1 CPU threads" in words
-    assert len(measured) == measurements and (measured[-1][0] == 128) == (measurements == 2)
+    assert said in words and "fp32, channels_last, compiled, recorded, 1 CPU threads" in words
+    assert len(measured) == measurements and (measured[-1][0] == 128) == (measurements == 1)
 
 
-def test_a_gpu_tries_layout_and_compiler_and_says_what_came_of_it(pictures, small, tmp_path, monkeypatch):
+def test_a_gpu_tries_what_may_be_faster_and_says_what_came_of_it(pictures, small, tmp_path, monkeypatch):
     """The way a GPU goes, on a CPU that passes for one, without a compiler."""
     from snowmelt import device
     from snowmelt.training import session
@@ -163,12 +169,13 @@ def test_a_gpu_tries_layout_and_compiler_and_says_what_came_of_it(pictures, smal
     assert start(pictures, tmp_path / "run", small, "--steps", "3") == 0
     log, config = (tmp_path / "run" / "log.txt").read_text(), Run.open(tmp_path / "run").config
     assert "compiled: no (no compiler here)." in log and not config.training.compile
+    assert "recorded: no (" in log and not config.training.record, "without a GPU there is nothing to record"
     assert f"channels_last: {'yes' if config.training.layout == 'channels_last' else 'no'} (" in log
     small.write_text(small.read_text() + 'compile = true\nlayout = "channels_last"\n')
     assert start(pictures, tmp_path / "asked", small, "--steps", "3") == 0
     log, config = (tmp_path / "asked" / "log.txt").read_text(), Run.open(tmp_path / "asked").config
     assert (config.training.layout, config.training.compile) == ("channels_last", True), "what is asked for is kept"
-    assert "The network is not compiled (no compiler here)." in log and "channels_last: " not in log
+    assert "The network is computed as it is (no compiler here)." in log and "channels_last: " not in log
 
 
 def test_six_pictures_train(small, tmp_path):

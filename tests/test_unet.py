@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from conftest import stirred
 from snowmelt.config import UNetConfig
 from snowmelt.errors import UserError
+from snowmelt.networks import group_norm, layers
+from snowmelt.networks.group_norm import GroupNorm
 from snowmelt.networks.layers import Attention, ResnetBlock, attend, sinusoids
 from snowmelt.networks.unet import UNet
 
@@ -190,3 +193,38 @@ def test_a_network_that_cannot_be_is_refused_in_one_sentence():
         UNetConfig(channels=(2,), attention=(False,), groups=1, frequency_shift=1.0)
     with pytest.raises(UserError, match="divisor of 64, the last"):
         UNetConfig(middle_groups=3)
+
+
+def test_what_a_compiler_is_told_is_the_same(monkeypatch):
+    """The network in the words that suit a compiler, and its gradients: sums in another order, so 1e-5 of each."""
+    config = UNetConfig(channels=(16, 32), attention=(False, True), groups=4)
+    plain = stirred(UNet(config, channels=3, classes=2))
+    told = copy.deepcopy(plain)
+    given = draws(3, 3, 8, 8), torch.tensor([0.0, 421.0, 999.0]), torch.tensor([0, 1, 2])
+    expected = plain(*given)
+    expected.square().sum().backward()
+    for module in (group_norm, layers):
+        monkeypatch.setattr(module, "for_compiler", lambda: True)
+    answer = told(*given)
+    answer.square().sum().backward()
+    assert torch.allclose(answer, expected, atol=1e-5 * expected.abs().max().item())
+    for (name, weight), other in zip(plain.named_parameters(), told.parameters(), strict=True):
+        # Keys need no bias, whose gradient is but rounding.
+        if not name.endswith("to_k.bias"):
+            assert (weight.grad - other.grad).norm() < 1e-5 * weight.grad.norm(), name
+
+
+def test_only_a_compiler_is_told_so():
+    """Seen by one that computes as it is told; who exports, or only computes, sees torch's own layers."""
+    norm, seen = GroupNorm(2, 4, epsilon=1e-5), []
+
+    def look(module, _given):
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    with torch.no_grad():
+        x = draws(2, 4, 3, 3)
+        assert torch.allclose(torch.compile(norm.forward, backend=look)(x), norm(x), atol=1e-6)
+    assert seen and not any("group_norm" in name for name in seen)
+    exported = torch.export.export(norm, (x,)).graph.nodes
+    assert any("group_norm" in str(node.target) for node in exported)

@@ -309,6 +309,8 @@ class TrainingConfig:
     """Of pictures and kernels in memory: default (a channel after the other) or channels_last."""
     compile: bool = False
     """Whether a GPU computes the network compiled while it trains."""
+    record: bool = False
+    """Whether a GPU records the network's operations once and replays them while it trains."""
     threads: int = 1
     """CPU threads of the arithmetic; part of the run, since other counts round differently."""
 
@@ -319,6 +321,12 @@ class TrainingConfig:
         if not 0 < self.average < 0.28:
             raise UserError(f"training.average is {self.average}; give a share between 0 and 0.28, such as 0.1.")
         choose(dict.fromkeys(("default", "channels_last")), self.layout, "training.layout")
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How it computes, in words: its precision, and all that is not as usual."""
+        unusual = {"channels_last": self.layout != "default", "compiled": self.compile, "recorded": self.record}
+        return self.precision, *(word for word, chosen in unusual.items() if chosen)
 
 
 FAMILIES: dict[str, tuple[str, ...]] = {"diffusion": ("network", "diffusion"), "vae": ("vae",), "gan": ("gan",)}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snowmelt.errors import UserError, choose
 
@@ -29,6 +30,8 @@ class Precision:
     """A name of `LAYOUTS`: how pictures and kernels lie in memory."""
     compiled: bool = False
     """Whether the network is compiled for training, where it can be."""
+    recorded: bool = False
+    """Whether what a GPU does for it in training is recorded once and played again, where that can be."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,15 +156,23 @@ def faster_precision(
     return Speed(chosen, ratio, best[chosen])
 
 
-LEAST_COMPILED = 600.0
-"""Seconds of training from which on it may pay to wait for the compiler, which takes about a minute."""
-CHANGES: dict[str, dict[str, Any]] = {"layout": {"layout": "channels_last"}, "compile": {"compiled": True}}
-"""What is tried beyond the precision, one after the other, by the key of [training] that keeps it."""
+LEAST_COMPILED = 300.0
+"""Seconds of training from which on it may pay to wait for the compiler, which takes a minute or two."""
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "layout": ("channels_last", {"layout": "channels_last"}),
+    # The compiler leaves no work that is slow in that layout.
+    "compile": ("compiled", {"compiled": True, "layout": "channels_last"}),
+    "record": ("recorded", {"recorded": True}),
+}
+"""What is tried beyond the precision, one after the other: by the key of [training] that keeps it, its name and what
+it changes."""
 
 
 def changes_for(device: torch.device, seconds: float) -> list[str]:
     """Those of `CHANGES` that may pay on this device in a training of so many seconds."""
-    return list(CHANGES) if is_gpu(device) and seconds >= LEAST_COMPILED else ["layout"]
+    if not is_gpu(device):
+        return ["layout"]
+    return [name for name in CHANGES if name != "compile" or seconds >= LEAST_COMPILED]
 
 
 class Tried(NamedTuple):
@@ -181,6 +192,7 @@ def improved(
     *,
     before: float,
     changes: Iterable[str] = tuple(CHANGES),
+    given: Collection[str] = (),
     seconds: float = 1.0,
     gain: float = 1.03,
 ) -> Tried:
@@ -188,13 +200,14 @@ def improved(
 
     Args:
         before: seconds of a step without them.
+        given: keys of [training] that stay as they are in `plain`.
         seconds: to time each for, after a warm-up.
         gain: how many times faster it must be, so that noise does not decide.
     """
     best, reasons = plain, list[str]()
     for name in changes:
-        candidate = replace(best, **CHANGES[name])
-        words = "channels_last" if name == "layout" else "compiled"
+        words, changed = CHANGES[name]
+        candidate = replace(best, **{key: value for key, value in changed.items() if key not in given})
         try:
             taken = time_of(candidate, step, seconds)
         except Exception as error:
@@ -228,17 +241,19 @@ def time_of(precision: Precision, step: Callable[[Precision], object], seconds: 
     return min(times)
 
 
-class Compiled:
-    """The forward pass of a network: compiled in training, whose batches have one size, and plain otherwise.
+class Faster:
+    """The forward pass of a network: made faster in training, whose batches have one size, and plain otherwise.
 
-    Plain, too, from the moment on that the compiler fails.
+    Plain, too, from the moment on that this fails.
     """
 
-    def __init__(self, network: nn.Module, failed: Callable[[str], object]) -> None:
+    def __init__(
+        self, network: nn.Module, way: Callable[[nn.Module], Callable[..., Any]], failed: Callable[[str], object]
+    ) -> None:
         self.network, self.plain, self.failed = network, network.forward, failed
         self.fast: Callable[..., Any] | None = None
         try:
-            self.fast = torch.compile(self.plain, dynamic=False)
+            self.fast = way(network)
         except Exception as error:
             self._give_up(error)
 
@@ -259,13 +274,104 @@ class Compiled:
             return self.plain(*given, **named)
 
 
-def compile_training(network: nn.Module, failed: Callable[[str], object]) -> None:
-    """Let `network` compute compiled while it trains; its weights keep their names, and its hooks are called.
+@contextmanager
+def undisturbed() -> Generator[None]:
+    """Within it nothing is collected: a graph that went while another is recorded would break it."""
+    gc.collect()
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
+
+
+class Recorded:
+    """The forward pass of a network, and its gradient, as a GPU's graphs: recorded when first asked, then replayed.
+
+    Small networks wait for the processor, which asks for hundreds of operations at every step; a graph is asked for
+    at once. Every batch must be like the first one.
 
     Args:
-        failed: is told why, where it cannot be compiled; the network then computes as before.
+        forward: what is recorded.
     """
-    network.forward = Compiled(network, failed)
+
+    def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
+        self.network, self.forward = network, forward
+        self.replay: Callable[..., Any] | None = None
+
+    def __call__(self, *given: Tensor | None) -> Any:
+        """What `forward` says; None stands for what was left away."""
+        tensors = tuple(one for one in given if one is not None)
+        if self.replay is None:
+            self.replay = self._record(tensors)
+        return self.replay(*tensors)
+
+    def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Any]:
+        # torch records a module by its `forward`, and puts the replaying one in its place.
+        ours, self.network.forward = self.network.forward, self.forward
+        kind = given[0].device.type
+        dtype, active = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        try:
+            with undisturbed(), torch.autocast(kind, dtype, enabled=active, cache_enabled=False):
+                torch.cuda.make_graphed_callables(self.network, given, allow_unused_input=True)
+            return self.network.forward
+        finally:
+            self.network.forward = ours
+
+
+def speed_up(network: nn.Module, precision: Precision, failed: Callable[[str], object]) -> None:
+    """Let `network` compute compiled, recorded or both while it trains, as `precision` says; its weights keep their
+    names, and its hooks are called.
+
+    Args:
+        failed: is told why, where that cannot be done; the network then computes as before.
+    """
+
+    def way(network: nn.Module) -> Callable[..., Any]:
+        forward = torch.compile(network.forward, dynamic=False) if precision.compiled else network.forward
+        return Recorded(network, forward) if precision.recorded else forward
+
+    if precision.compiled or precision.recorded:
+        network.forward = Faster(network, way, failed)
+
+
+class Replayed:
+    """A function of tensors on a GPU, that is recorded after its first calls and replayed from then on.
+
+    Its tensors must be as large every time, and what it changes must stay where it is. Where it cannot be recorded,
+    and on other devices, it is called.
+    """
+
+    WARM, DEVICE = 3, "cuda"
+    """Calls before it is recorded, in which it makes what it keeps; and where it is."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function, self.calls = function, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.given, self.answer = list[Tensor](), torch.empty(0)
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """What the function answers."""
+        self.calls += 1
+        if self.calls == self.WARM + 1 and given[0].device.type == self.DEVICE:
+            self._record(given)
+        if self.graph is None:
+            return self.function(*given)
+        torch._foreach_copy_(self.given, given)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        self.graph.replay()
+        return self.answer.clone()
+
+    def _record(self, given: tuple[Tensor, ...]) -> None:
+        graph, self.given = torch.cuda.CUDAGraph(), [one.detach().clone() for one in given]
+        try:
+            with undisturbed(), torch.cuda.graph(graph):
+                self.answer = self.function(*self.given)
+            self.graph = graph
+        except RuntimeError:
+            # It goes on being called.
+            self.given = []
 
 
 def use_tensor_cores(device: torch.device) -> None:

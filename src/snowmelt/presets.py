@@ -24,26 +24,29 @@ WIDTHS: tuple[tuple[int, UNetConfig], ...] = (
     (1024, UNetConfig(channels=(64, 96, 128), attention=(False, False, True), patch=4)),
 )
 
-PLENTIFUL: tuple[tuple[int, int, UNetConfig, TrainingConfig], ...] = (
-    # up to this size, from so many images on (those that the network above would see): the network and its training.
-    # None of these rows was measured, since no GPU was at hand: they are what is usual for CIFAR-10 and for 64 pixels
-    # on one GPU, with the learning rate of the rows above, which were measured, lowered with the size of the network.
+PLENTIFUL: tuple[tuple[int, UNetConfig, TrainingConfig], ...] = (
+    # up to this size: the network of a GPU that has time for it, and its training (docs/benchmarks.md).
     (
         40,
-        5_000_000,
-        UNetConfig(channels=(128, 256, 256), attention=(False, True, True), blocks=2, dropout=0.1),
+        UNetConfig(channels=(128, 256, 256), attention=(False, True, True), blocks=2, head_channels=64),
         TrainingConfig(batch=512, learning_rate=1e-3, warmup=500),
     ),
+    # Not measured: what is usual for 64 pixels on one GPU.
     (
         80,
-        5_000_000,
-        UNetConfig(channels=(96, 192, 288, 384), attention=(False, False, True, True), blocks=2, dropout=0.1),
+        UNetConfig(channels=(96, 192, 288, 384), attention=(False, False, True, True), blocks=2),
         TrainingConfig(batch=256, learning_rate=1e-3, warmup=500),
     ),
 )
 
 LEAST_PLENTIFUL = 1_000_000
 """Images that such a network must see in the time, by measurement; else the smaller one is better."""
+
+OFTEN, DROPOUT = 500, 0.1
+"""How often such a network must see each picture to be trained with dropout, which slows learning at first."""
+
+GPU_BATCHES = 4
+"""How many times larger the smaller network's batch is on a GPU, which takes no longer for it (docs/recipe.md)."""
 
 GAN_WIDTHS: tuple[tuple[int, tuple[int, ...], int], ...] = (
     # up to this size: widths and patch. The smallest map is one of about 4 x 4 places, where parameters cost least.
@@ -135,10 +138,11 @@ def augment_for(pictures: int) -> float:
     return round(MOST_AUGMENT * min(1.0, max(0.0, share)), 2)
 
 
-def _diffusion_training(data: DataConfig, images: int | None) -> TrainingConfig:
+def _diffusion_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
     small = data.size <= 40
     rate = BRIEF_RATE if images is not None and images < BRIEF else 3e-3 if small else 2e-3
-    return TrainingConfig(batch=batch_for(images, most=64 if small else 32), learning_rate=rate)
+    most = (64 if small else 32) * (GPU_BATCHES if gpu else 1)
+    return TrainingConfig(batch=batch_for(images, most=most), learning_rate=rate)
 
 
 def batch_for(images: int | None, *, most: int) -> int:
@@ -153,49 +157,52 @@ def batch_for(images: int | None, *, most: int) -> int:
     return batch
 
 
-def _vae_training(data: DataConfig, images: int | None) -> TrainingConfig:
-    del images
+def _vae_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
+    del images, gpu
     small = data.size <= 40
     return TrainingConfig(batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3)
 
 
-def _gan_training(data: DataConfig, images: int | None) -> TrainingConfig:
+def _gan_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
     # Small steps and a long warm-up: else the two networks swing at first, and a class's pictures stay more alike.
-    del data, images
+    del data, images, gpu
     return TrainingConfig(batch=32, optimizer="adamw", learning_rate=1e-3, warmup=200)
 
 
-_TRAINING: dict[str, Callable[[DataConfig, int | None], TrainingConfig]] = {
+_TRAINING: dict[str, Callable[[DataConfig, int | None, bool], TrainingConfig]] = {
     "diffusion": _diffusion_training,
     "vae": _vae_training,
     "gan": _gan_training,
 }
 
 
-def plentiful(data: DataConfig, images: int | None) -> tuple[UNetConfig, TrainingConfig] | None:
-    """The network and training of a GPU that sees so many images; None where they are too few for a larger network.
+def plentiful(data: DataConfig) -> tuple[UNetConfig, TrainingConfig] | None:
+    """The network and training of a GPU with time; None where there is no larger network for pictures of this size.
 
     Tiny pictures stay with the small network, which has room for all there is to know of them.
     """
     smallest, _ = WIDTHS[0]
-    rows = (row for row in PLENTIFUL if smallest < data.size <= row[0])
-    _, least, network, training = next(rows, (0, math.inf, None, None))
-    return (network, training) if network and training and images is not None and images >= least else None
+    return next((row[1:] for row in PLENTIFUL if smallest < data.size <= row[0]), None)
 
 
-def preset(data: DataConfig, model: str, *, images: int | None = None, gpu: bool = False) -> Config:
+def preset(
+    data: DataConfig, model: str, *, images: int | None = None, gpu: bool = False, large: bool = False
+) -> Config:
     """The whole configuration of a family of models for these pictures.
 
     Args:
         images: how many the training is going to see; None where that is not known.
-        gpu: whether it may be a network that a CPU is too slow for, however long it trains.
+        gpu: whether it trains on a GPU.
+        large: whether it may be a network that a CPU is too slow for, however long it trains.
 
     Raises:
         UserError: there is no such family.
     """
-    network, training = network_for(data), choose(_TRAINING, model, "model")(data, images)
-    if gpu and model == "diffusion" and (larger := plentiful(data, images)) is not None:
+    network, training = network_for(data), choose(_TRAINING, model, "model")(data, images, gpu)
+    if large and model == "diffusion" and (larger := plentiful(data)) is not None:
         network, training = larger
+        if images is not None and images >= OFTEN * data.pictures > 0:
+            network = dataclasses.replace(network, dropout=DROPOUT)
     return Config(data, model, network, vae=vae_for(data), gan=gan_for(data), training=training)
 
 

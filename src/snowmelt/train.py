@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 import tomllib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from snowmelt.data.prepared import Prepared
     from snowmelt.run import Run
+    from snowmelt.training.session import Measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,42 +316,55 @@ def _fitted(
     log: Log,
 ) -> tuple[Config, float | None]:
     """`config` fitted to the device: see `_settled`. What a measurement changes is measured again."""
-    from snowmelt.device import is_gpu, reason_of
+    from snowmelt.device import is_gpu
     from snowmelt.training.session import measure
 
-    given, gpu = overrides["training"], is_gpu(device)
+    given, seconds = overrides["training"], config.training.seconds
     asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
-    ask = partial(measure, data=data, device=device, log=log, given=given)
-    seconds = config.training.seconds
-    # How fast it is as it is decides the batch, and on a GPU the network; then it is asked what makes these faster.
-    if seconds is not None and not gpu:
-        # On a CPU small batches are nearly as fast as large ones, and take a short run less time to try.
-        config = resolve(facts_of(data), options, overrides, images=0)
-    measured = ask(config, asked=asked, threads=given.get("threads"), thorough=seconds is None)
+    again = partial(measure, data=data, device=device, log=log, given=given)
+    ask = partial(again, asked=asked, threads=given.get("threads"))
+    choice = partial(resolve, facts_of(data), options, overrides)
+    if seconds is None:
+        measured = ask(config)
+        return measured.settled(config), measured.images_per_second
+    if is_gpu(device):
+        return _fitted_to_gpu(choice, ask, seconds, log)
+    # On a CPU small batches are nearly as fast as large ones, and take a short run less time to try.
+    config = choice(images=0)
+    measured = ask(config, thorough=False)
+    assert measured.images_per_second is not None, "a run by time is measured"
+    # How fast it is as it is decides the batch; then it is asked what makes that faster.
     speed = measured.images_per_second
-    if seconds is None or speed is None:
-        return measured.settled(config), speed
-    again = partial(ask, asked=measured.precision, threads=measured.threads)
-    images, room = int(seconds * speed), gpu and not overrides.get("network")
-    chosen = resolve(facts_of(data), options, overrides, images=images, gpu=room)
-    if chosen.architecture != config.architecture:
+    chosen = choice(images=int(seconds * speed))
+    batch = chosen.training.batch
+    thorough = LOOKED * batch / speed <= seconds
+    if thorough or batch != config.training.batch:
+        measured = again(chosen, asked=measured.precision, threads=measured.threads, thorough=thorough)
+    return measured.settled(chosen), measured.images_per_second
+
+
+def _fitted_to_gpu(
+    choice: Callable[..., Config], ask: Callable[[Config], Measured], seconds: float, log: Log
+) -> tuple[Config, float | None]:
+    """The larger network where there is one, time for it and memory; else the usual one, in larger batches."""
+    from snowmelt.device import LEAST_COMPILED, reason_of
+
+    usual, larger = choice(gpu=True), choice(gpu=True, large=True)
+    if larger.architecture != usual.architecture and seconds >= LEAST_COMPILED:
         try:
-            larger = again(chosen)
-            speed = larger.images_per_second or 0.0
-            if seconds * speed >= LEAST_PLENTIFUL:
-                log(f"Network: a larger one, which sees {seconds * speed:,.0f} images.")
-                return larger.settled(chosen), speed
-            reason = f"a larger one would see {seconds * speed:,.0f} images"
+            measured = ask(larger)
+            images = seconds * (measured.images_per_second or 0.0)
+            if images >= LEAST_PLENTIFUL:
+                log(f"Network: a larger one, which sees {images:,.0f} images.")
+                larger = choice(images=int(images), gpu=True, large=True)
+                return measured.settled(larger), measured.images_per_second
+            reason = f"a larger one would see {images:,.0f} images"
         except RuntimeError as error:
-            # Of memory, mostly; the smaller network has just been trained a few steps.
+            # Of memory, mostly.
             reason = f"a larger one cannot be trained: {reason_of(error)}"
         log(f"Network: the usual one ({reason}).")
-        chosen = resolve(facts_of(data), options, overrides, images=images)
-    batch = chosen.training.batch
-    thorough = gpu or LOOKED * batch / speed <= seconds
-    if thorough or batch != config.training.batch:
-        measured = again(chosen, thorough=thorough)
-    return measured.settled(chosen), measured.images_per_second
+    measured = ask(usual)
+    return measured.settled(usual), measured.images_per_second
 
 
 def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
@@ -398,19 +413,19 @@ def resolve(
     *,
     images: int | None = None,
     gpu: bool = False,
+    large: bool = False,
 ) -> Config:
     """The whole configuration: the preset for these pictures, overridden by what the person gave.
 
     Args:
         images: how many the machine can train on in the time given; None where that is not known.
-        gpu: see `preset`.
+        gpu, large: see `preset`; a network of which the person has given anything is never the larger one.
 
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
-    tables = config_tables(
-        dataclasses.replace(preset(data, options.model, images=images, gpu=gpu), version=__version__)
-    )
+    chosen = preset(data, options.model, images=images, gpu=gpu, large=large and not overrides.get("network"))
+    tables = config_tables(dataclasses.replace(chosen, version=__version__))
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]

@@ -13,11 +13,15 @@ with it, and 0.25 s with this.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# torch's fused operations over lists of tensors are its documented building blocks, but bear private names.
+_lerp, _mul = torch._foreach_lerp_, torch._foreach_mul_  # pyright: ignore
+_add, _sub = torch._foreach_add_, torch._foreach_sub  # pyright: ignore
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iteration takes singular values to between 0.7 and 1.2, but for the smallest: docs/recipe.md."""
@@ -50,7 +54,7 @@ def factors(stacks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> lis
     counts, waiting = [len(x) for x in stacks], list[Tensor]()
     for iterations in PHASES[dtype]:
         if waiting:
-            stacks = [one @ x for one, x in zip(waiting, stacks, strict=True)]
+            stacks = [torch.bmm(one, x) for one, x in zip(waiting, stacks, strict=True)]
         gram = torch.cat([_symmetric(x, x.mT) for x in stacks])
         # Scaling the small matrices spares a copy of the long ones.
         scale = torch.ones_like(gram[:, :1, :1], dtype=torch.float32) if waiting else _scale(gram)
@@ -77,9 +81,17 @@ def _scale(gram: Tensor) -> Tensor:
 def _polynomial(gram: Tensor) -> Tensor:
     """What x is multiplied by, for gram = x x^T."""
     a, b, c = COEFFICIENTS
-    factor = _symmetric(gram, gram).mul_(c).add_(gram, alpha=b)
+    if _mirrored(gram):
+        factor = _symmetric(gram, gram).mul_(c).add_(gram, alpha=b)
+    else:
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal(dim1=1, dim2=2).add_(a)
     return factor
+
+
+def _mirrored(a: Tensor) -> bool:
+    """Whether half of a product with as many rows should be copied from the other half."""
+    return a.device.type == "cpu" and a.dtype == torch.float32 and a.shape[1] >= MIRRORED
 
 
 def _symmetric(a: Tensor, b: Tensor) -> Tensor:
@@ -87,9 +99,9 @@ def _symmetric(a: Tensor, b: Tensor) -> Tensor:
 
     In strips of rows, each from the diagonal on: 10 of 16 blocks.
     """
+    if not _mirrored(a):
+        return torch.bmm(a, b)
     rows = a.shape[1]
-    if a.device.type != "cpu" or a.dtype != torch.float32 or rows < MIRRORED:
-        return a @ b
     answer = a.new_empty(len(a), rows, rows)
     for begin in range(0, rows, height := -(-rows // STRIPS)):
         end = begin + height
@@ -148,8 +160,11 @@ class Muon(torch.optim.Optimizer):
                 for weight, *parts in zip(map(_wide, alike), factor, x, strict=True):
                     weight.addmm_(*parts, beta=1 - rate * decay, alpha=-scale)
             else:
-                for weight, update in zip(map(_wide, alike), factor @ x * kept, strict=True):
-                    weight.mul_(1 - kept * (rate * decay)).add_(update, alpha=-scale)
+                moved = torch.bmm(factor, x).to(alike[0].dtype).mul_(-scale * kept)
+                moved = moved if moved.shape[1:] == alike[0].shape else moved.mT.contiguous()
+                whole: list[Tensor] = [*alike]
+                _mul(whole, 1 - kept * (rate * decay))
+                _add(whole, moved.unbind())
 
     def _directions(self, shapes: list[list[nn.Parameter]], momentum: float) -> list[Tensor]:
         """Takes the gradients into the momenta; where a gradient is not finite, on the device, nothing and zeros.
@@ -164,16 +179,20 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
             gradients.append(weight.grad)
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        stacks = [torch.empty(len(alike), *alike[0].shape, device=alike[0].device) for alike in shapes]
-        directions = [direction for stack in stacks for direction in stack]
         if self.found_inf is None:
-            torch._foreach_lerp_(buffers, gradients, 1 - momentum)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        else:
-            # Products of infinities would not be 0.
-            finite = self.found_inf == 0
-            gradients = [gradient.masked_fill(~finite, 0) for gradient in gradients]
-            for buffer, gradient in zip(buffers, gradients, strict=True):
-                buffer.lerp_(gradient, finite * (1 - momentum))
-        for gradient, buffer, direction in zip(gradients, buffers, directions, strict=True):
-            torch.lerp(gradient, buffer, momentum, out=direction)
+            stacks = [torch.empty(len(alike), *alike[0].shape, device=alike[0].device) for alike in shapes]
+            directions = [direction for stack in stacks for direction in stack]
+            _lerp(buffers, gradients, 1 - momentum)
+            for gradient, buffer, direction in zip(gradients, buffers, directions, strict=True):
+                torch.lerp(gradient, buffer, momentum, out=direction)
+            return stacks
+        # A device is given few operations on many matrices: each takes a processor's time to ask for.
+        finite, bad, alike = self.found_inf == 0, self.found_inf != 0, iter(gradients)
+        # Products of infinities would not be 0.
+        stacks = [torch.stack([*islice(alike, len(some))]).masked_fill_(bad, 0) for some in shapes]
+        directions = [direction for stack in stacks for direction in stack]
+        steps = _sub(directions, buffers)
+        _mul(steps, finite * (1 - momentum))
+        _add(buffers, steps)
+        _lerp(directions, buffers, momentum)
         return stacks

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from snowmelt.config import TrainingConfig
+from snowmelt.device import Replayed
 from snowmelt.models.muon import Muon
 
 LEAST = 16
@@ -72,9 +73,11 @@ class Optimizer:
             {"params": [weight for weight in rest.values() if weight.ndim <= 1], "weight_decay": 0.0},
         ]
         # Fused, because it is the fastest on every device.
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, fused=True)]
+        gpu = next(iter(self.updated.values())).is_cuda
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, fused=True, capturable=gpu)]
         if flat:
             self.parts.append(Muon(flat.values(), weight_decay=decay, dtype=dtype))
+        self.unseen = Replayed(self._step_unseen)
 
     def step(self, learning_rate: float) -> bool:
         """Clip the gradients and step; if their norm is not finite leave every weight as it is and return False."""
@@ -82,11 +85,19 @@ class Optimizer:
 
     def step_unseen(self, learning_rate: float, loss: Tensor) -> Tensor:
         """The same, without waiting for the device: it finds out itself whether `loss` and gradients are finite."""
+        gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
+        finite = self.unseen(torch.full_like(loss, learning_rate), loss.detach(), *gradients)
+        self.module.zero_grad(set_to_none=True)
+        return finite
+
+    def _step_unseen(self, learning_rate: Tensor, loss: Tensor, *gradients: Tensor) -> Tensor:
+        moved = [weight for weight in self.module.parameters() if weight.grad is not None]
+        for weight, gradient in zip(moved, gradients, strict=True):
+            weight.grad = gradient
         norm = self._norm()
         self._clip(norm)
-        finite = torch.isfinite(norm + loss.detach())
+        finite = torch.isfinite(norm + loss)
         self.move(learning_rate, found_inf=(~finite).float())
-        self.module.zero_grad(set_to_none=True)
         return finite
 
     def _norm(self) -> Tensor:
@@ -104,7 +115,7 @@ class Optimizer:
             self._clip(norm)
         return bool(torch.isfinite(norm))
 
-    def move(self, learning_rate: float, *, found_inf: Tensor | None = None) -> None:
+    def move(self, learning_rate: float | Tensor, *, found_inf: Tensor | None = None) -> None:
         """Update the weights by the gradients as they are.
 
         Args:
@@ -131,6 +142,7 @@ class Optimizer:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `tensors` gave."""
         homes = {weight: part for part in self.parts for group in part.param_groups for weight in group["params"]}
+        self.unseen = Replayed(self._step_unseen)
         for part in self.parts:
             part.state.clear()
         for key, value in tensors.items():

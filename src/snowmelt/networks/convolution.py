@@ -36,11 +36,13 @@ def compiled() -> ctypes.CDLL | None:
 
 def kernels_for(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
     """What convolves this map with these weights, if anything but torch does."""
+    if not lies_channels_last(x):
+        return None
     out, channels = weight.shape[:2]
     fits = not (out % PANEL or channels % PANEL) and x.shape[1] == channels and min(x.shape[2:]) >= SMALLEST
     if not fits or {x.dtype, weight.dtype} != {torch.float32} or weight.device != x.device:
         return None
-    return compiled() if lies_channels_last(x) and not torch.is_autocast_enabled("cpu") else None
+    return None if torch.is_autocast_enabled("cpu") else compiled()
 
 
 def _kernels() -> ctypes.CDLL:

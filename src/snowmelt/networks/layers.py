@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snowmelt.networks.convolution import Convolution
-from snowmelt.networks.group_norm import GroupNorm
+from snowmelt.networks.group_norm import GroupNorm, for_compiler
 
 
 def sinusoids(
@@ -154,4 +155,34 @@ class Upsample(nn.Module):
         self.conv = Convolution(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(twice(x) if for_compiler() else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def twice(x: Tensor) -> Tensor:
+    """`interpolate` for a compiler: channels beside each other, and a sum as its gradient.
+
+    Of torch's own a compiler makes a gradient that adds value by value to memory.
+    """
+    places = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+    return places.expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        del ctx
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return slopes[0].clone(memory_format=torch.channels_last)
+
+
+def join(x: Tensor, bridge: Tensor) -> Tensor:
+    """Both maps, the channels of one after those of the other.
+
+    The gradient of a part is a part of the gradient, which every convolution before it would copy for itself; a
+    compiler copies it once.
+    """
+    return torch.cat([_Dense.apply(x) if for_compiler() else x, bridge], dim=1)

@@ -15,7 +15,16 @@ from torch.nn import functional as F
 
 from snowmelt.config import UNetConfig
 from snowmelt.networks.group_norm import GroupNorm
-from snowmelt.networks.layers import Attention, Downsample, ResnetBlock, TimeEmbedding, Upsample, bias_of, sinusoids
+from snowmelt.networks.layers import (
+    Attention,
+    Downsample,
+    ResnetBlock,
+    TimeEmbedding,
+    Upsample,
+    bias_of,
+    join,
+    sinusoids,
+)
 from snowmelt.shapes import Answers, Images, Labels, Levels
 
 
@@ -72,7 +81,7 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, maps: list[Tensor], embedding: Tensor) -> Tensor:
         """Takes its bridges from the end of `maps`."""
         for index, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, maps.pop()], dim=1), embedding)
+            x = resnet(join(x, maps.pop()), embedding)
             for attention in self.attentions[index : index + 1]:
                 x = attention(x)
         for upsample in self.upsamplers:

@@ -36,14 +36,11 @@ def plan_table(config: Config, images_per_second: float | None) -> Table:
     model = learner.model
     held = "no classes" if not data.classes else f"{len(data.classes)} classes"
     colour = "grey" if data.channels == 1 else "colour"
-    ways = [training.layout] * (training.layout != "default") + ["compiled"] * training.compile
     facts = {
         "pictures": f"{data.pictures:,} to train on, {data.size} x {data.size}, {colour}, {held}",
         "model": f"{config.model}, widths {', '.join(map(str, config.architecture.channels))}, "
         f"{learner.parameters / 1e6:.2f} M parameters",
-        "arithmetic": ", ".join(
-            (training.precision, *ways, f"{training.threads} CPU threads"),
-        ),
+        "arithmetic": ", ".join((*training.ways, f"{training.threads} CPU threads")),
         "updates": updates_of(config, images_per_second),
         "learning rate": f"{training.learning_rate:g} by {training.optimizer}, rising over "
         f"{min(training.warmup, updates // 5)} updates, falling to 0 over the last {training.decay:.0%}",

@@ -19,7 +19,6 @@ from snowmelt.device import (
     DTYPES,
     Precision,
     changes_for,
-    compile_training,
     faster_precision,
     has_room,
     improved,
@@ -27,6 +26,7 @@ from snowmelt.device import (
     keep_memory,
     make_precision,
     pick_device,
+    speed_up,
     use_tensor_cores,
 )
 from snowmelt.ema import Average
@@ -65,37 +65,40 @@ class Measured(NamedTuple):
     """None where nothing depends on it: in a run by steps whose precision needed no race."""
     layout: str = "default"
     compile: bool = False
+    record: bool = False
 
     def settled(self, config: Config) -> Config:
-        """The configuration with its precision, layout and threads, and whether it is compiled."""
-        kept = {name: getattr(self, name) for name in ("precision", "threads", "layout", "compile")}
+        """The configuration with its precision, layout and threads, and whether it is compiled or recorded."""
+        kept = {name: getattr(self, name) for name in ("precision", "threads", "layout", "compile", "record")}
         return dataclasses.replace(config, training=dataclasses.replace(config.training, **kept))
 
 
 def precision_of(training: TrainingConfig, device: torch.device) -> Precision:
-    """How a run computes; only a GPU compiles, since on a CPU that takes minutes and gains nothing."""
-    checked = make_precision(device, training.precision)
-    return dataclasses.replace(checked, layout=training.layout, compiled=training.compile and is_gpu(device))
+    """How a run computes; only a GPU compiles, since on a CPU that takes minutes and gains nothing, or records."""
+    checked, gpu = make_precision(device, training.precision), is_gpu(device)
+    return dataclasses.replace(
+        checked, layout=training.layout, compiled=training.compile and gpu, recorded=training.record and gpu
+    )
 
 
 def learner_of(config: Config, precision: Precision, failed: Callable[[str], object]) -> Learner:
     """A learner that computes so.
 
     Args:
-        failed: is told why, where its network could not be compiled.
+        failed: is told why, where its network could not be compiled or recorded.
     """
     learner = build_learner(config, precision)
-    if precision.compiled:
+    if precision.compiled or precision.recorded:
         network = learner.model.compilable
         if network is None:
-            failed(f"a {config.model} is not compiled")
+            failed(f"a {config.model} is computed as it is")
         else:
-            compile_training(network, failed)
+            speed_up(network, precision, failed)
     return learner
 
 
 def refuse(reason: str) -> None:
-    """Of a network that is only tried: it cannot be compiled."""
+    """Of a network that is only tried: it cannot be compiled or recorded."""
     raise RuntimeError(reason)
 
 
@@ -113,8 +116,8 @@ def measure(
     """Train a few steps to see how fast that is, in the precision asked for or, for "auto", in each.
 
     Args:
-        thorough: then try another layout, and on a GPU compiling where the run is long enough for it; on a CPU only in
-            a run by time, since one by steps is to give the same weights again on the same machine.
+        thorough: then try another layout, and on a GPU recording, and compiling where the run is long enough for it;
+            on a CPU only in a run by time, since one by steps is to give the same weights again on the same machine.
         given: keys of [training] that the person has set; they are as `config` has them.
     """
     threads = threads or threads_for(config.data, cores())
@@ -127,7 +130,7 @@ def measure(
     stream = Stream(data, batch=config.training.batch, seed=0, flip=False, workers=0, device=device)
     batch = stream.at(0)
 
-    start = precision_of(config.training, device)
+    start = dataclasses.replace(precision_of(config.training, device), compiled=False, recorded=False)
     if "layout" not in given and channels_last_pays(device):
         start = dataclasses.replace(start, layout="channels_last")
         log("channels_last: yes (its kernels could be compiled).")
@@ -140,7 +143,7 @@ def measure(
         learners[precision].update(batch, generator(0, "measure", device=device), 0.0)
 
     def plain(precision: Precision) -> None:
-        step(dataclasses.replace(start, name=precision.name, compiled=False))
+        step(dataclasses.replace(start, name=precision.name))
 
     seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
     thorough = thorough and (is_gpu(device) or config.training.seconds is not None)
@@ -148,7 +151,7 @@ def measure(
     found = faster_precision(device, plain, names=names, timed=timed, seconds=seconds * len(names) / len(DTYPES))
     if found.ratio is not None:
         log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
-    best, taken = dataclasses.replace(start, name=found.precision, compiled=False), found.seconds
+    best, taken = dataclasses.replace(start, name=found.precision), found.seconds
     if thorough and taken is not None:
         length = config.training.seconds or (config.training.steps or 0) * taken
         changes = [name for name in changes_for(device, length) if name not in given]
@@ -156,11 +159,13 @@ def measure(
             changes = [name for name in changes if name != "layout"]
         if is_gpu(device) and "compile" not in (*changes, *given):
             log("compiled: no (so short a training does not wait for the compiler).")
-        best, taken, reasons = improved(best, step, before=taken, changes=changes, seconds=seconds / 3)
+        best, taken, reasons = improved(best, step, before=taken, changes=changes, given=given, seconds=seconds / 3)
         for reason in reasons:
             log(f"{reason}.")
     speed = taken and len(batch.images) / taken
-    return Measured(best.name, threads, speed, best.layout, best.compiled or config.training.compile)
+    ways = {"compile": best.compiled, "record": best.recorded}
+    ways |= {key: getattr(config.training, key) for key in ways if key in given}
+    return Measured(best.name, threads, speed, best.layout, **ways)
 
 
 def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
@@ -206,7 +211,7 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
         keep_memory()
     use_tensor_cores(device)
     precision = precision_of(config.training, device)
-    learner = learner_of(config, precision, lambda why: log(f"The network is not compiled ({why})."))
+    learner = learner_of(config, precision, lambda why: log(f"The network is computed as it is ({why})."))
     average = Average(learner.averaged, config.training.average)
     plan = Plan.open(run.path / "plan.json", config.training)
     stream = Stream(
