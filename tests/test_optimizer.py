@@ -10,7 +10,7 @@ from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.ema import Average
 from snowmelt.models import build_learner, muon
-from snowmelt.models.muon import COEFFICIENTS, ITERATIONS, MIRRORED, Muon, factors
+from snowmelt.models.muon import MIRRORED, PHASES, QUINTICS, Muon, factors
 from snowmelt.models.optimizer import Optimizer
 from snowmelt.networks.unet import UNet
 from snowmelt.seeds import generator
@@ -155,15 +155,17 @@ def test_a_device_that_is_not_waited_for_is_never_waited_for(weight):
 def test_muon_is_that_of_torch(monkeypatch: pytest.MonkeyPatch):
     """Ten steps beside `torch.optim.Muon`, which rounds to bfloat16 (0.4 %) in every product.
 
-    It iterates from another scale, which ours is given here.
+    It iterates from another scale and with one quintic, which ours is given here.
     """
+    monkeypatch.setattr(muon, "QUINTICS", {torch.float32: 5 * QUINTICS[torch.bfloat16][:1]})
+    monkeypatch.setattr(muon, "PHASES", {torch.float32: (5,)})
     monkeypatch.setattr(muon, "_scale", lambda gram: gram.diagonal(dim1=1, dim2=2).sum(1).rsqrt()[:, None, None])
     rng = torch.Generator().manual_seed(3)
     shapes = [(8, 24), (24, 8), (8, 24), (16, 16)]
     starts = [torch.randn(shape, generator=rng) for shape in shapes]
     ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     mine = Muon(ours, weight_decay=0.1)
-    reference = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", ns_steps=ITERATIONS)
+    reference = torch.optim.Muon(theirs, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for optimizer in (mine, reference):
         optimizer.param_groups[0]["lr"] = 0.01
     for _ in range(10):
@@ -178,12 +180,12 @@ def test_muon_is_that_of_torch(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_iteration_makes_matrices_orthogonal():
-    """Every singular value ends between 0.7 and 1.2, where the quintic swings, whatever it was."""
+    """Every singular value ends between 0.73 and 1.27, where the quintics swing, if it was no smaller than 0.01."""
     for rows, columns in ((12, 18), (12, 30), (257, 300), (257, 600)):
         matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
         for given in (matrices, matrices.mT):
             values = torch.linalg.svdvals(orthogonal([given])[0])
-            assert values.min() > 0.65 and values.max() < 1.25
+            assert values.min() > 0.72 and values.max() < 1.28
 
 
 @pytest.mark.parametrize("rows", [32, MIRRORED + 1])
@@ -199,9 +201,8 @@ def test_matrices_are_made_orthogonal_alike(rows: int, columns: int):
         u, values, v = torch.linalg.svd(matrices, full_matrices=False)
         values = values * torch.logspace(0, -spread, rows)
         matrices = (u * values[:, None]) @ v
-        a, b, c = COEFFICIENTS
         x = matrices.double() / values.double().pow(4).sum(1).pow(1 / 4)[:, None, None]
-        for _ in range(ITERATIONS):
+        for a, b, c in QUINTICS[torch.float32]:
             gram = x @ x.mT
             x = a * x + (b * gram + c * gram @ gram) @ x
         assert (orthogonal([matrices])[0] - x).norm() < 1e-3 * x.norm()
@@ -209,18 +210,21 @@ def test_matrices_are_made_orthogonal_alike(rows: int, columns: int):
 
 def test_matrices_are_made_orthogonal_together_as_alone():
     """Some with as many rows and other lengths, some tall, some square. Products of other sizes round differently, by
-    1e-7, which four iterations multiply by 3.4 each where singular values are small: 1e-5."""
+    1e-7, which three iterations multiply by 78 where singular values are small: 2e-5."""
     rng = torch.Generator().manual_seed(4)
     stacks = [torch.randn(shape, generator=rng) for shape in ((2, 16, 40), (1, 90, 16), (3, 16, 16), (2, 24, 80))]
     for one, stack in zip(orthogonal(stacks), stacks, strict=True):
-        torch.testing.assert_close(one, orthogonal([stack])[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(one, orthogonal([stack])[0], rtol=0, atol=2e-5)
 
 
-def test_bfloat16_makes_matrices_orthogonal_too():
-    """Square and long ones; beside float32 within 6 %: each of eight products rounds by 2^-9, weak directions most.
+def test_bfloat16_makes_matrices_orthogonal_too(monkeypatch: pytest.MonkeyPatch):
+    """Square and long ones; beside the same quintics in float32 within 6 %: each of eight products rounds by 2^-9,
+    weak directions most.
 
     Where singular values lie far apart the smallest are below the rounding; the large ones must not grow.
     """
+    monkeypatch.setitem(QUINTICS, torch.float32, QUINTICS[torch.bfloat16])
+    monkeypatch.setitem(PHASES, torch.float32, (4,))
     rng = torch.Generator().manual_seed(2)
     for shape in ((4, 48, 48), (4, 48, 432), (4, 432, 48)):
         matrices = torch.randn(shape, generator=rng)

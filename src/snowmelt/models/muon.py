@@ -3,10 +3,10 @@
     momentum = 0.95 momentum + 0.05 gradient,       direction = 0.05 gradient + 0.95 momentum
     weight  <- (1 - rate decay) weight - rate 0.2 sqrt(max(rows, columns)) orthogonal(direction)
 
-It is `torch.optim.Muon` in another order, with one iteration less (`_scale`): matrices with as many rows are made
-orthogonal together, and in the arithmetic that the device is fast in. torch's always computes in bfloat16, which a
-processor without it has to imitate: there a whole training step of the digits' network took 0.70 s of processor time
-with it, and 0.25 s with this.
+It is `torch.optim.Muon` in another order, with fewer iterations (`_scale`, `QUINTICS`): matrices with as many rows are
+made orthogonal together, and in the arithmetic that the device is fast in. torch's always computes in bfloat16, which
+a processor without it has to imitate: there a whole training step of the digits' network took 0.70 s of processor
+time with it, and 0.25 s with this.
 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982, for the 0.2.)
 """
 
@@ -23,11 +23,15 @@ from torch import Tensor, nn
 _lerp, _mul = torch._foreach_lerp_, torch._foreach_mul_  # pyright: ignore
 _add, _sub = torch._foreach_add_, torch._foreach_sub  # pyright: ignore
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic whose iteration takes singular values to between 0.7 and 1.2, but for the smallest: docs/recipe.md."""
-ITERATIONS = 4
-"""One fewer than is usual, since x is scaled by a tighter bound; see `_scale`."""
-PHASES = {torch.float32: (ITERATIONS,), torch.bfloat16: (2, 2)}
+Quintic = tuple[float, float, float]
+QUINTICS: dict[torch.dtype, tuple[Quintic, ...]] = {
+    torch.float32: ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)),
+    torch.bfloat16: 4 * ((3.4445, -4.7750, 2.0315),),
+}
+"""Coefficients of x, x^3 and x^5, an iteration after the other. The three together take singular values from 0.01 to
+1 nearest to 1, to between 0.73 and 1.27 (Amsel et al. 2025, arXiv:2505.16932, for the principle). bfloat16 is too
+inexact for so steep a first one: four times that of Jordan et al. take them to between 0.67 and 1.2."""
+PHASES = {torch.float32: (3,), torch.bfloat16: (2, 2)}
 """How many iterations' polynomials are multiplied before x is: in bfloat16 more would be too inexact."""
 STRIPS, MIRRORED = 4, 256
 """A symmetric product of so many rows or more is computed in strips, on a processor in float32."""
@@ -51,7 +55,7 @@ def factors(stacks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> lis
         dtype: that products are computed in, float32 or bfloat16; the factors have it too.
     """
     stacks = [stack.to(dtype) for stack in stacks]
-    counts, waiting = [len(x) for x in stacks], list[Tensor]()
+    counts, waiting, quintics = [len(x) for x in stacks], list[Tensor](), iter(QUINTICS[dtype])
     for iterations in PHASES[dtype]:
         if waiting:
             stacks = [torch.bmm(one, x) for one, x in zip(waiting, stacks, strict=True)]
@@ -59,11 +63,11 @@ def factors(stacks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> lis
         # Scaling the small matrices spares a copy of the long ones.
         scale = torch.ones_like(gram[:, :1, :1], dtype=torch.float32) if waiting else _scale(gram)
         gram = (gram * scale**2).to(dtype)
-        product = factor = _polynomial(gram)
-        for _ in range(iterations - 1):
+        product = factor = _polynomial(gram, next(quintics))
+        for quintic in islice(quintics, iterations - 1):
             # Polynomials of one matrix: they commute, so that all their products are symmetric.
             gram = _symmetric(_symmetric(factor, gram), factor)
-            factor = _polynomial(gram)
+            factor = _polynomial(gram, quintic)
             product = _symmetric(factor, product)
         waiting = list((product * scale).to(dtype).split(counts))
     return list(zip(waiting, stacks, strict=True))
@@ -78,9 +82,9 @@ def _scale(gram: Tensor) -> Tensor:
     return norm.clamp(min=1e-14).rsqrt()[:, None, None]
 
 
-def _polynomial(gram: Tensor) -> Tensor:
+def _polynomial(gram: Tensor, quintic: Quintic) -> Tensor:
     """What x is multiplied by, for gram = x x^T."""
-    a, b, c = COEFFICIENTS
+    a, b, c = quintic
     if _mirrored(gram):
         factor = _symmetric(gram, gram).mul_(c).add_(gram, alpha=b)
     else:
