@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import stirred
 from snowmelt.config import Config, DataConfig, TrainingConfig, UNetConfig
 from snowmelt.data.stream import Batch
-from snowmelt.device import LEAST_COMPILED, Precision, Replayed, changes_for, improved, speed_up
+from snowmelt.device import LEAST_COMPILED, Precision, Replayed, changes_for, forget_tried, improved, speed_up
 from snowmelt.models import build_learner
 from snowmelt.seeds import generator
 
@@ -121,23 +123,87 @@ def test_a_function_is_replayed_after_its_first_calls(monkeypatch, fails):
     assert (function.graph is None) == fails and len(calls) == (6 if fails else 7), "recorded, and then three times"
 
 
+def test_what_was_tried_is_gone(monkeypatch):
+    """Recorded networks refer to themselves: only a collection frees them."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr("snowmelt.device.is_gpu", lambda _device: True)
+    gc.disable()
+    try:
+        network = Small()
+        speed_up(network, Precision(CPU, recorded=True), pytest.fail)
+        network(torch.ones(2, 3))
+        left = weakref.ref(network)
+        del network
+        assert left() is not None
+        forget_tried(CPU)
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_dropout_draws_the_same_after_a_recording(monkeypatch):
+    """A recording calls the network to warm up."""
+
+    def warm(network, given, **named):
+        network(*given)
+        record(network, given, **named)
+
+    class Dropping(Small):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", warm)
+    network, x, answers = Dropping(), torch.ones(50, 3), []
+    for _ in range(3):
+        torch.manual_seed(4)
+        answers.append(network(x))
+        speed_up(network, Precision(CPU, recorded=True), pytest.fail)
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+def test_without_memory_to_record_training_goes_on(monkeypatch):
+    """Without, there may be enough; in a network that only computes there is nothing to leave away."""
+
+    def greedy(*_given, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", greedy)
+    network, said = Small(), []
+    expected = network(torch.ones(2, 3))
+    speed_up(network, Precision(CPU, recorded=True), said.append)
+    assert torch.equal(network(torch.ones(2, 3)), expected) and said == ["no memory to record it"]
+    monkeypatch.setattr(torch, "compile", lambda _forward, **_named: greedy)
+    speed_up(network, Precision(CPU, compiled=True), said.append)
+    with pytest.raises(torch.OutOfMemoryError):
+        network(torch.ones(2, 3))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_what_a_gpu_records_is_what_it_computes():
-    """Over updates enough for both to be replayed. Its sums have no fixed order: 1e-3 of the change is far above."""
-    config = Config(DataConfig(16, 3), network=UNetConfig(channels=(16, 32), attention=(False, True)))
-    device = torch.device("cuda")
+    """Updates enough for all to be replayed, at rates that change, one of them bad; every weight.
+
+    A GPU's sums have no fixed order, which Muon multiplies in weak directions: 5 % of the change.
+    """
+    network = UNetConfig(channels=(16, 32), attention=(False, True), dropout=0.1)
+    config, device = Config(DataConfig(16, 3), network=network), torch.device("cuda")
     learners = [build_learner(config, Precision(device, recorded=recorded)) for recorded in (False, True)]
-    speed_up(learners[1].model.compilable, learners[1].model.precision, pytest.fail)
-    start = {name: weight.clone() for name, weight in learners[0].model.state_dict().items()}
+    start = stirred(build_learner(config, Precision(CPU)).model).to(device).state_dict()
     for learner in learners:
-        learner.optimizer.unseen.WARM = 3 if learner is learners[1] else 100
-        for step in range(6):
+        learner.model.load_state_dict(start)
+    speed_up(learners[1].model.compilable, learners[1].model.precision, pytest.fail)
+    for learner in learners:
+        for step in range(8):
             images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(step)).to(device)
-            assert learner.update(Batch(images, None), generator(0, "train", step, device=device), 1e-4).finite
-    assert learners[1].optimizer.unseen.graph is not None
+            images = images * (float("inf") if step == 6 else 1)
+            rng = generator(0, "train", step, device=device)
+            assert bool(learner.update(Batch(images, None), rng, 1e-4 * (1 + step)).finite) == (step != 6)
+            if learner is learners[0]:
+                learner.optimizer.replayed = None
+    assert learners[1].optimizer.replayed.graph is not None
     one, other = (learner.model.state_dict() for learner in learners)
-    name = "denoiser.backbone.conv_out.weight"
-    assert (one[name] - other[name]).norm() < 1e-3 * (one[name] - start[name]).norm()
+    for name, weight in one.items():
+        if not name.endswith("to_k.bias"):
+            assert (weight - other[name]).norm() < 0.05 * (weight - start[name]).norm(), name
 
 
 def test_changes_are_kept_where_they_pay():

@@ -121,36 +121,52 @@ def test_only_a_gpu_with_time_has_a_larger_network():
 
 
 @pytest.mark.parametrize(
-    ("large", "said", "measurements"),
+    ("large", "minutes", "said", "measured"),
     [
-        (5000.0, "a larger one, which sees 3,000,000 images", 1),
-        (500.0, "a larger one would see 300,000 images", 2),
-        (None, "a larger one cannot be trained: OutOfMemoryError: CUDA out of memory", 2),
+        # Images/s of the larger network; what is said; at which widths and with how much dropout it measures.
+        (5000.0, 10, "a larger one, which sees 2,9", [(128, 0), (128, 0), (128, DROPOUT)]),
+        (500.0, 10, "a larger one would see 29", [(128, 0), (128, 0), (32, 0), (32, 0)]),
+        (400.0, 10, "a larger one would see 23", [(128, 0), (32, 0), (32, 0)]),
+        (None, 10, "a larger one cannot be trained: OutOfMemoryError: CUDA out of mem", [(128, 0), (32, 0), (32, 0)]),
+        (5000.0, 4, "", [(32, 0), (32, 0)]),
     ],
+    ids=["chosen", "too slow", "far too slow", "too large", "no time"],
 )
 def test_a_larger_network_is_measured_before_it_is_chosen(
-    pictures, tmp_path, monkeypatch, capsys, large, said, measurements
+    pictures, tmp_path, monkeypatch, capsys, large, minutes, said, measured
 ):
+    """It is compiled only if that may help, and measured as it will be: with dropout, for so few pictures."""
     from snowmelt import device
     from snowmelt.training import session
 
-    measured = []
+    seen = []
 
     def measure(config, **given):
-        measured.append(config.network.channels)
-        if len(config.network.channels) != 3:
-            raise AssertionError("the networks of 16 pixels have three sizes")
         wide = config.network.channels[0] == 128
+        seen.append((config.network.channels[0], config.network.dropout))
         if wide and large is None:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return session.Measured("fp32", 1, large if wide else 20_000.0, "channels_last", compile=True, record=True)
 
     monkeypatch.setattr(session, "measure", measure)
     monkeypatch.setattr(device, "is_gpu", lambda _device: True)
-    assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", "10m", "--plan"]) == 0
+    assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", f"{minutes}m", "--plan"]) == 0
     words = " ".join(capsys.readouterr().err.split())
     assert said in words and "fp32, channels_last, compiled, recorded, 1 CPU threads" in words
-    assert len(measured) == measurements and (measured[-1][0] == 128) == (measurements == 1)
+    assert seen == measured
+
+
+@pytest.mark.parametrize(("speed", "batch", "rate"), [(20_000.0, 256, 3e-3), (1000.0, 64, 3e-3), (300.0, 16, 6e-3)])
+def test_a_slow_gpu_takes_smaller_batches(pictures, tmp_path, monkeypatch, capsys, speed, batch, rate):
+    """Thirty seconds, by images/s: enough updates are left, as on a CPU."""
+    from snowmelt import device
+    from snowmelt.training import session
+
+    monkeypatch.setattr(session, "measure", lambda _config, **_given: session.Measured("fp32", 1, speed))
+    monkeypatch.setattr(device, "is_gpu", lambda _device: True)
+    assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", "30s", "--plan"]) == 0
+    words = " ".join(capsys.readouterr().err.split())
+    assert f" of {batch} images" in words and f"{rate:g} by muon" in words
 
 
 def test_a_gpu_tries_what_may_be_faster_and_says_what_came_of_it(pictures, small, tmp_path, monkeypatch):
@@ -171,10 +187,10 @@ def test_a_gpu_tries_what_may_be_faster_and_says_what_came_of_it(pictures, small
     assert "compiled: no (no compiler here)." in log and not config.training.compile
     assert "recorded: no (" in log and not config.training.record, "without a GPU there is nothing to record"
     assert f"channels_last: {'yes' if config.training.layout == 'channels_last' else 'no'} (" in log
-    small.write_text(small.read_text() + 'compile = true\nlayout = "channels_last"\n')
+    small.write_text(small.read_text() + 'compile = true\nrecord = true\nlayout = "channels_last"\n')
     assert start(pictures, tmp_path / "asked", small, "--steps", "3") == 0
-    log, config = (tmp_path / "asked" / "log.txt").read_text(), Run.open(tmp_path / "asked").config
-    assert (config.training.layout, config.training.compile) == ("channels_last", True), "what is asked for is kept"
+    log, training = (tmp_path / "asked" / "log.txt").read_text(), Run.open(tmp_path / "asked").config.training
+    assert training.ways[1:] == ("channels_last", "compiled", "recorded"), "what is asked for is kept"
     assert "The network is computed as it is (no compiler here)." in log and "channels_last: " not in log
 
 

@@ -248,12 +248,12 @@ class Faster:
     """
 
     def __init__(
-        self, network: nn.Module, way: Callable[[nn.Module], Callable[..., Any]], failed: Callable[[str], object]
+        self, network: nn.Module, way: Callable[[], Callable[..., Any]], failed: Callable[[str], object]
     ) -> None:
         self.network, self.plain, self.failed = network, network.forward, failed
         self.fast: Callable[..., Any] | None = None
         try:
-            self.fast = way(network)
+            self.fast = way()
         except Exception as error:
             self._give_up(error)
 
@@ -276,12 +276,16 @@ class Faster:
 
 @contextmanager
 def undisturbed() -> Generator[None]:
-    """Within it nothing is collected: a graph that went while another is recorded would break it."""
+    """Within it nothing is collected: a graph that went while another is recorded would break it.
+
+    Should that fail, what follows is asked for where it was before; torch would go on where it recorded.
+    """
     gc.collect()
     collected = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with torch.cuda.stream(torch.cuda.current_stream()) if torch.cuda.is_available() else nullcontext():
+            yield
     finally:
         if collected:
             gc.enable()
@@ -309,32 +313,44 @@ class Recorded:
         return self.replay(*tensors)
 
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Any]:
-        # torch records a module by its `forward`, and puts the replaying one in its place.
-        ours, self.network.forward = self.network.forward, self.forward
+        # torch records a module by its `forward`, and puts the replaying one in its place. It is called to warm up;
+        # dropout is to draw afterwards what it would have drawn without.
+        ours, self.network.forward, seed = self.network.forward, self.forward, torch.initial_seed()
         kind = given[0].device.type
         dtype, active = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         try:
             with undisturbed(), torch.autocast(kind, dtype, enabled=active, cache_enabled=False):
                 torch.cuda.make_graphed_callables(self.network, given, allow_unused_input=True)
             return self.network.forward
+        except torch.OutOfMemoryError as error:
+            # What is recorded keeps its memory; without, there may be enough.
+            raise RuntimeError("no memory to record it") from error
         finally:
+            torch.manual_seed(seed)
             self.network.forward = ours
 
 
 def speed_up(network: nn.Module, precision: Precision, failed: Callable[[str], object]) -> None:
     """Let `network` compute compiled, recorded or both while it trains, as `precision` says; its weights keep their
-    names, and its hooks are called.
+    names. What is recorded calls no hooks.
 
     Args:
         failed: is told why, where that cannot be done; the network then computes as before.
     """
 
-    def way(network: nn.Module) -> Callable[..., Any]:
+    def faster() -> Callable[..., Any]:
         forward = torch.compile(network.forward, dynamic=False) if precision.compiled else network.forward
         return Recorded(network, forward) if precision.recorded else forward
 
     if precision.compiled or precision.recorded:
-        network.forward = Faster(network, way, failed)
+        network.forward = Faster(network, faster, failed)
+
+
+def forget_tried(device: torch.device) -> None:
+    """Give back the memory of what was only tried: graphs, and all that they keep, go with the next collection."""
+    if is_gpu(device):
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Replayed:

@@ -46,7 +46,7 @@ OFTEN, DROPOUT = 500, 0.1
 """How often such a network must see each picture to be trained with dropout, which slows learning at first."""
 
 GPU_BATCHES = 4
-"""How many times larger the smaller network's batch is on a GPU, which takes no longer for it (docs/recipe.md)."""
+"""How many times larger the smaller network's batch is on a GPU, which takes hardly longer for it (docs/recipe.md)."""
 
 GAN_WIDTHS: tuple[tuple[int, tuple[int, ...], int], ...] = (
     # up to this size: widths and patch. The smallest map is one of about 4 x 4 places, where parameters cost least.

@@ -95,6 +95,8 @@ class TrainOptions:
 
 LOOKED = 400
 """Steps that a run by time must have room for before some are spent on trying whether another layout is faster."""
+HOPED = 4
+"""How many times faster a compiled network is at most: one that would be too slow even then is not compiled."""
 PROCESS_OPTIONS = ("out", "resume", "device", "workers", "save_every", "plan")
 """What may differ when a command continues a run."""
 DATA_OPTIONS = ("size", "color", "background", "fit", "classes")
@@ -327,44 +329,60 @@ def _fitted(
     if seconds is None:
         measured = ask(config)
         return measured.settled(config), measured.images_per_second
-    if is_gpu(device):
-        return _fitted_to_gpu(choice, ask, seconds, log)
+    gpu = is_gpu(device)
+    if gpu and (found := _larger(choice, again, ask, seconds, log)) is not None:
+        return found
     # On a CPU small batches are nearly as fast as large ones, and take a short run less time to try.
-    config = choice(images=0)
+    config = choice(gpu=True) if gpu else choice(images=0)
     measured = ask(config, thorough=False)
     assert measured.images_per_second is not None, "a run by time is measured"
     # How fast it is as it is decides the batch; then it is asked what makes that faster.
     speed = measured.images_per_second
-    chosen = choice(images=int(seconds * speed))
+    chosen = choice(images=int(seconds * speed), gpu=gpu)
     batch = chosen.training.batch
-    thorough = LOOKED * batch / speed <= seconds
+    thorough = gpu or LOOKED * batch / speed <= seconds
     if thorough or batch != config.training.batch:
         measured = again(chosen, asked=measured.precision, threads=measured.threads, thorough=thorough)
     return measured.settled(chosen), measured.images_per_second
 
 
-def _fitted_to_gpu(
-    choice: Callable[..., Config], ask: Callable[[Config], Measured], seconds: float, log: Log
-) -> tuple[Config, float | None]:
-    """The larger network where there is one, time for it and memory; else the usual one, in larger batches."""
+def _larger(
+    choice: Callable[..., Config],
+    again: Callable[..., Measured],
+    ask: Callable[..., Measured],
+    seconds: float,
+    log: Log,
+) -> tuple[Config, float | None] | None:
+    """The larger network of a GPU, where there is one that it has memory and time for.
+
+    Measuring it takes some of that time: what is said of the images is of the rest.
+    """
     from snowmelt.device import LEAST_COMPILED, reason_of
 
-    usual, larger = choice(gpu=True), choice(gpu=True, large=True)
-    if larger.architecture != usual.architecture and seconds >= LEAST_COMPILED:
-        try:
-            measured = ask(larger)
-            images = seconds * (measured.images_per_second or 0.0)
-            if images >= LEAST_PLENTIFUL:
-                log(f"Network: a larger one, which sees {images:,.0f} images.")
-                larger = choice(images=int(images), gpu=True, large=True)
-                return measured.settled(larger), measured.images_per_second
-            reason = f"a larger one would see {images:,.0f} images"
-        except RuntimeError as error:
-            # Of memory, mostly.
-            reason = f"a larger one cannot be trained: {reason_of(error)}"
-        log(f"Network: the usual one ({reason}).")
-    measured = ask(usual)
-    return measured.settled(usual), measured.images_per_second
+    end, config = time.monotonic() + seconds, choice(gpu=True, large=True)
+    if config.architecture == choice(gpu=True).architecture or seconds < LEAST_COMPILED:
+        return None
+
+    def images_of(measured: Measured) -> int:
+        return int((end - time.monotonic()) * (measured.images_per_second or 0.0))
+
+    try:
+        measured = ask(config, thorough=False)
+        if HOPED * images_of(measured) >= LEAST_PLENTIFUL:
+            measured = again(config, asked=measured.precision, threads=measured.threads)
+        images = images_of(measured)
+        if images >= LEAST_PLENTIFUL:
+            log(f"Network: a larger one, which sees {images:,} images.")
+            chosen = choice(images=images, gpu=True, large=True)
+            if chosen != config:
+                measured = again(chosen, asked=measured.precision, threads=measured.threads)
+            return measured.settled(chosen), measured.images_per_second
+        reason = f"a larger one would see {images:,} images"
+    except RuntimeError as error:
+        # Of memory, mostly.
+        reason = f"a larger one cannot be trained: {reason_of(error)}"
+    log(f"Network: the usual one ({reason}).")
+    return None
 
 
 def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:

@@ -88,7 +88,7 @@ class Model(nn.Module, abc.ABC):
 
     @property
     def compilable(self) -> nn.Module | None:
-        """The part that does nearly all of the work in training, where a compiler can make it faster."""
+        """The part that does nearly all of the work in training, where compiling or recording can make it faster."""
         return None
 
     @abc.abstractmethod

@@ -3,7 +3,7 @@
     momentum = 0.95 momentum + 0.05 gradient,       direction = 0.05 gradient + 0.95 momentum
     weight  <- (1 - rate decay) weight - rate 0.2 sqrt(max(rows, columns)) orthogonal(direction)
 
-It is `torch.optim.Muon` in another order, with fewer iterations (`_scale`, `QUINTICS`): matrices with as many rows are
+It is `torch.optim.Muon` in another order, with fewer iterations (`_scale`, `PHASES`): matrices with as many rows are
 made orthogonal together, and in the arithmetic that the device is fast in. torch's always computes in bfloat16, which
 a processor without it has to imitate: there a whole training step of the digits' network took 0.70 s of processor
 time with it, and 0.25 s with this.
@@ -24,15 +24,17 @@ _lerp, _mul = torch._foreach_lerp_, torch._foreach_mul_  # pyright: ignore
 _add, _sub = torch._foreach_add_, torch._foreach_sub  # pyright: ignore
 
 Quintic = tuple[float, float, float]
-QUINTICS: dict[torch.dtype, tuple[Quintic, ...]] = {
-    torch.float32: ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)),
-    torch.bfloat16: 4 * ((3.4445, -4.7750, 2.0315),),
+JORDAN: Quintic = (3.4445, -4.7750, 2.0315)
+PHASES: dict[torch.dtype, tuple[tuple[Quintic, ...], ...]] = {
+    torch.float32: (((8.0172, -22.9410, 16.6113), (3.6416, -2.7255, 0.5370), (2.6686, -1.9831, 0.4533)),),
+    torch.bfloat16: ((JORDAN, JORDAN), (JORDAN, JORDAN)),
 }
-"""Coefficients of x, x^3 and x^5, an iteration after the other. The three together take singular values from 0.01 to
-1 nearest to 1, to between 0.73 and 1.27 (Amsel et al. 2025, arXiv:2505.16932, for the principle). bfloat16 is too
-inexact for so steep a first one: four times that of Jordan et al. take them to between 0.67 and 1.2."""
-PHASES = {torch.float32: (3,), torch.bfloat16: (2, 2)}
-"""How many iterations' polynomials are multiplied before x is: in bfloat16 more would be too inexact."""
+"""Coefficients of x, x^3 and x^5, an iteration after the other; after each phase x is multiplied by its polynomials.
+
+The three together take singular values from 0.01 to 1.01 nearest to 1, to between 0.72 and 1.29 (Amsel et al. 2025,
+arXiv:2505.16932, for the principle); the largest is 1, so that some rounding does no harm. bfloat16 is too inexact for
+so steep a first one, and for the polynomials of more than two: four times that of Jordan et al. end between 0.67 and
+1.2."""
 STRIPS, MIRRORED = 4, 256
 """A symmetric product of so many rows or more is computed in strips, on a processor in float32."""
 ROOM = 2**22
@@ -55,16 +57,16 @@ def factors(stacks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> lis
         dtype: that products are computed in, float32 or bfloat16; the factors have it too.
     """
     stacks = [stack.to(dtype) for stack in stacks]
-    counts, waiting, quintics = [len(x) for x in stacks], list[Tensor](), iter(QUINTICS[dtype])
-    for iterations in PHASES[dtype]:
+    counts, waiting = [len(x) for x in stacks], list[Tensor]()
+    for first, *others in PHASES[dtype]:
         if waiting:
             stacks = [torch.bmm(one, x) for one, x in zip(waiting, stacks, strict=True)]
         gram = torch.cat([_symmetric(x, x.mT) for x in stacks])
         # Scaling the small matrices spares a copy of the long ones.
         scale = torch.ones_like(gram[:, :1, :1], dtype=torch.float32) if waiting else _scale(gram)
         gram = (gram * scale**2).to(dtype)
-        product = factor = _polynomial(gram, next(quintics))
-        for quintic in islice(quintics, iterations - 1):
+        product = factor = _polynomial(gram, first)
+        for quintic in others:
             # Polynomials of one matrix: they commute, so that all their products are symmetric.
             gram = _symmetric(_symmetric(factor, gram), factor)
             factor = _polynomial(gram, quintic)

@@ -77,7 +77,8 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, fused=True, capturable=gpu)]
         if flat:
             self.parts.append(Muon(flat.values(), weight_decay=decay, dtype=dtype))
-        self.unseen = Replayed(self._step_unseen)
+        self.replayed: Replayed | None = None
+        """`_step_unseen`, which a GPU records; a new one as soon as momenta lie elsewhere."""
 
     def step(self, learning_rate: float) -> bool:
         """Clip the gradients and step; if their norm is not finite leave every weight as it is and return False."""
@@ -86,7 +87,8 @@ class Optimizer:
     def step_unseen(self, learning_rate: float, loss: Tensor) -> Tensor:
         """The same, without waiting for the device: it finds out itself whether `loss` and gradients are finite."""
         gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
-        finite = self.unseen(torch.full_like(loss, learning_rate), loss.detach(), *gradients)
+        self.replayed = self.replayed or Replayed(self._step_unseen)
+        finite = self.replayed(torch.full_like(loss, learning_rate), loss.detach(), *gradients)
         self.module.zero_grad(set_to_none=True)
         return finite
 
@@ -142,7 +144,7 @@ class Optimizer:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `tensors` gave."""
         homes = {weight: part for part in self.parts for group in part.param_groups for weight in group["params"]}
-        self.unseen = Replayed(self._step_unseen)
+        self.replayed = None
         for part in self.parts:
             part.state.clear()
         for key, value in tensors.items():

@@ -119,7 +119,8 @@ def by_channels(norm: GroupNorm, x: Tensor, scale: Tensor | None, shift: Tensor 
     other, as convolutions on a GPU want them, what a compiler makes of it moves several times as many bytes.
     """
     wide = x.float()
-    # Places, then the channels of a group; in float32 the difference is as exact as maps in bfloat16 deserve.
+    # Places, then the channels of a group. The difference of squares is as exact as its maps, which come from
+    # convolutions in bfloat16 or, on a GPU, in TF32.
     mean, square = (
         one.mean((2, 3)).unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True) for one in (wide, wide * wide)
     )

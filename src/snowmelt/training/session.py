@@ -20,6 +20,7 @@ from snowmelt.device import (
     Precision,
     changes_for,
     faster_precision,
+    forget_tried,
     has_room,
     improved,
     is_gpu,
@@ -91,7 +92,7 @@ def learner_of(config: Config, precision: Precision, failed: Callable[[str], obj
     if precision.compiled or precision.recorded:
         network = learner.model.compilable
         if network is None:
-            failed(f"a {config.model} is computed as it is")
+            failed(f"there is no such way for a {config.model}")
         else:
             speed_up(network, precision, failed)
     return learner
@@ -139,6 +140,7 @@ def measure(
         if precision not in learners:
             # One at a time: each takes as much memory as the run will.
             learners.clear()
+            forget_tried(device)
             learners[precision] = learner_of(config, precision, refuse)
         learners[precision].update(batch, generator(0, "measure", device=device), 0.0)
 
@@ -151,18 +153,26 @@ def measure(
     found = faster_precision(device, plain, names=names, timed=timed, seconds=seconds * len(names) / len(DTYPES))
     if found.ratio is not None:
         log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
-    best, taken = dataclasses.replace(start, name=found.precision), found.seconds
+    best, taken, reasons = dataclasses.replace(start, name=found.precision), found.seconds, list[str]()
+    if taken is not None:
+        # What the person has asked for, whether it pays or not; the rest is tried on top of it.
+        asked_for = [name for name in ("compile", "record") if is_gpu(device) and getattr(config.training, name)]
+        best, taken, _ = improved(
+            best, step, before=taken, changes=asked_for, given=given, seconds=seconds / 3, gain=0.0
+        )
     if thorough and taken is not None:
         length = config.training.seconds or (config.training.steps or 0) * taken
         changes = [name for name in changes_for(device, length) if name not in given]
-        if start.layout == "channels_last":
+        if best.layout == "channels_last":
             changes = [name for name in changes if name != "layout"]
         if is_gpu(device) and "compile" not in (*changes, *given):
             log("compiled: no (so short a training does not wait for the compiler).")
         best, taken, reasons = improved(best, step, before=taken, changes=changes, given=given, seconds=seconds / 3)
-        for reason in reasons:
-            log(f"{reason}.")
+    for reason in reasons:
+        log(f"{reason}.")
     speed = taken and len(batch.images) / taken
+    learners.clear()
+    forget_tried(device)
     ways = {"compile": best.compiled, "record": best.recorded}
     ways |= {key: getattr(config.training, key) for key in ways if key in given}
     return Measured(best.name, threads, speed, best.layout, **ways)
