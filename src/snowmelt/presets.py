@@ -63,10 +63,8 @@ FEW, PLENTY = 1000, 20_000
 """Training pictures below which the critic sees changed ones most often, and from which on never."""
 MOST_AUGMENT = 0.6
 
-UPDATES, SMALLEST_BATCH = 300, 8
-"""Updates of a diffusion model below which smaller batches are better: docs/recipe.md."""
-BRIEF, BRIEF_RATE = 12_000, 6e-3
-"""Images of a run by time below which small steps lead nowhere, and the learning rate that Muon takes then."""
+SMALLEST_BATCH, BRIEF_RATE = 8, 6e-3
+"""Pictures of a step, at least; and Muon's learning rate in short runs by time, where small steps lead nowhere."""
 
 VAES: tuple[tuple[int, VAEConfig], ...] = (
     # up to this size: the network. Most of it works on the smallest map, where pictures pass through fastest.
@@ -139,20 +137,22 @@ def augment_for(pictures: int) -> float:
 
 
 def _diffusion_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
-    small = data.size <= 40
-    rate = BRIEF_RATE if images is not None and images < BRIEF else 3e-3 if small else 2e-3
-    most = (64 if small else 32) * (GPU_BATCHES if gpu else 1)
-    return TrainingConfig(batch=batch_for(images, most=most), learning_rate=rate)
+    # Updates below which smaller batches are better, images below which a run is short: docs/recipe.md.
+    most, rate, updates, brief = (64, 3e-3, 150, 12_000) if data.size <= 40 else (32, 2e-3, 300, 20_000)
+    return TrainingConfig(
+        batch=batch_for(images, most=most * (GPU_BATCHES if gpu else 1), updates=updates),
+        learning_rate=rate if images is None or images >= brief else BRIEF_RATE,
+    )
 
 
-def batch_for(images: int | None, *, most: int) -> int:
-    """The largest power of two from `SMALLEST_BATCH` to `most` that leaves `UPDATES` updates of so many images.
+def batch_for(images: int | None, *, most: int, updates: int) -> int:
+    """The largest power of two from `SMALLEST_BATCH` to `most` that leaves so many updates of so many images.
 
-    >>> [batch_for(images, most=64) for images in (3_000, 10_000, 20_000, 1_000_000, None)]
+    >>> [batch_for(images, most=64, updates=300) for images in (3_000, 10_000, 20_000, 1_000_000, None)]
     [8, 32, 64, 64, 64]
     """
     batch = most
-    while images is not None and batch > SMALLEST_BATCH and images < UPDATES * batch:
+    while images is not None and batch > SMALLEST_BATCH and images < updates * batch:
         batch //= 2
     return batch
 
