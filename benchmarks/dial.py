@@ -126,11 +126,14 @@ def cell(data: Path, minutes: float, name: str, options: Options) -> dict[str, A
 def main(options: Options) -> None:
     """Run every cell, and print the table after each."""
     from contest import data_of
+    from snowmelt.data.prepared import is_prepared
 
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "found.json"
     for source in options.sources:
-        folder = options.out / Path(source).name.split(".")[0]
+        # A prepared dataset lies in a folder that tells more than its own name, mostly "data".
+        named = Path(source).resolve().parent if is_prepared(Path(source)) else Path(source)
+        folder = options.out / named.name.split(".")[0]
         folder.mkdir(exist_ok=True)
         data = data_of(source, folder, options.size)
         for minutes in options.minutes:

@@ -87,18 +87,21 @@ def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
 def test_short_times_have_small_batches_unless_asked(small):
     assert doctest.testmod(presets).failed == 0
     data = DataConfig(28, 1, pictures=57_000)
-    batches = [preset(data, "diffusion", images=images).training.batch for images in (3_000, 10**6, None)]
+    batches = [preset(data, "diffusion", images=images).training.batch for images in (2_000, 10**6, None)]
     assert batches == [SMALLEST_BATCH, 64, 64]
     assert preset(DataConfig(64, 3), "diffusion", images=10**6).training.batch == 32
+    for size in (28, 64):
+        sized = DataConfig(size, 1, pictures=57_000)
+        rates = [preset(sized, "diffusion", images=images).training.learning_rate for images in (3_000, 10**6, None)]
+        assert rates[0] == BRIEF_RATE > rates[1] == rates[2], "few updates are large ones"
     rates = [preset(data, "diffusion", images=images).training.learning_rate for images in (3_000, 10**6, None)]
-    assert rates[0] == BRIEF_RATE > rates[1] == rates[2], "few updates are large ones"
     options = TrainOptions("pictures", duration="60s")
     for section, values in (("training", {"optimizer": "adamw"}), ("network", {"channels": [64, 64, 64]})):
         asked = {"training": {}, section: values}
         assert resolve(data, options, asked, images=3_000).training.learning_rate == rates[2]
     options = TrainOptions("pictures", duration="60s")
     assert resolve(data, options, {"training": {"batch": 48}}, images=5_000).training.batch == 48
-    assert resolve(data, options, {}, images=3_000).training.batch == SMALLEST_BATCH
+    assert resolve(data, options, {}, images=2_000).training.batch == SMALLEST_BATCH
 
 
 def test_only_a_gpu_with_time_has_a_larger_network():
@@ -156,7 +159,7 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
     assert seen == measured
 
 
-@pytest.mark.parametrize(("speed", "batch", "rate"), [(20_000.0, 256, 3e-3), (1000.0, 64, 3e-3), (300.0, 16, 6e-3)])
+@pytest.mark.parametrize(("speed", "batch", "rate"), [(20_000.0, 256, 3e-3), (1000.0, 128, 3e-3), (300.0, 32, 6e-3)])
 def test_a_slow_gpu_takes_smaller_batches(pictures, tmp_path, monkeypatch, capsys, speed, batch, rate):
     """Thirty seconds, by images/s: enough updates are left, as on a CPU."""
     from snowmelt import device
