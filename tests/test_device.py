@@ -18,8 +18,9 @@ from torch import nn
 from conftest import stirred
 from snowmelt.config import Config, DataConfig, TrainingConfig, UNetConfig
 from snowmelt.data.stream import Batch
-from snowmelt.device import LEAST_COMPILED, Precision, Replayed, changes_for, forget_tried, improved, speed_up
+from snowmelt.device import LEAST_COMPILED, Precision, changes_for, improved
 from snowmelt.models import build_learner
+from snowmelt.recording import Replayed, forget_tried, speed_up
 from snowmelt.seeds import generator
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_a_function_is_replayed_after_its_first_calls(monkeypatch, fails):
 def test_what_was_tried_is_gone(monkeypatch):
     """Recorded networks refer to themselves: only a collection frees them."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    monkeypatch.setattr("snowmelt.device.is_gpu", lambda _device: True)
+    monkeypatch.setattr("snowmelt.recording.is_gpu", lambda _device: True)
     gc.disable()
     try:
         network = Small()

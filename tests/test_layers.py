@@ -9,7 +9,20 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "snowmelt"
 LAYERS = (
-    {"errors", "shapes", "seeds", "files", "terminal", "tables", "config", "networks", "diffusion", "data", "device"},
+    {
+        "errors",
+        "shapes",
+        "seeds",
+        "files",
+        "terminal",
+        "tables",
+        "config",
+        "networks",
+        "diffusion",
+        "data",
+        "device",
+        "recording",
+    },
     {"ema", "checkpoint", "models", "evaluation", "run", "pictures", "presets", "foreign", "pages"},
     {"training", "explaining", "edits", "reporting", "evaluating", "comparing"},
     {"prepare", "train", "sample", "tune", "edit", "evaluate", "explain", "exchange", "report", "compare"},

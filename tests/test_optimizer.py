@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snowmelt.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
 from snowmelt.data.stream import Batch
-from snowmelt.device import Precision, Replayed
+from snowmelt.device import Precision
 from snowmelt.ema import Average
 from snowmelt.models import build_learner, muon
 from snowmelt.models.muon import JORDAN, MIRRORED, PHASES, Muon, factors
 from snowmelt.models.optimizer import Optimizer
 from snowmelt.networks.unet import UNet
+from snowmelt.recording import Replayed
 from snowmelt.seeds import generator
 
 

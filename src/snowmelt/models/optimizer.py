@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from snowmelt.config import TrainingConfig
-from snowmelt.device import Replayed
 from snowmelt.models.muon import Muon
+from snowmelt.recording import Replayed
 
 LEAST = 16
 """A matrix with fewer rows or columns (the layers next to the pixels) is left to AdamW."""

@@ -20,14 +20,12 @@ from snowmelt.device import (
     Precision,
     changes_for,
     faster_precision,
-    forget_tried,
     has_room,
     improved,
     is_gpu,
     keep_memory,
     make_precision,
     pick_device,
-    speed_up,
     use_tensor_cores,
 )
 from snowmelt.ema import Average
@@ -36,6 +34,7 @@ from snowmelt.models import build_learner
 from snowmelt.models.base import Learner
 from snowmelt.networks.group_norm import channels_last_pays
 from snowmelt.presets import threads_for
+from snowmelt.recording import forget_tried, speed_up
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 from snowmelt.terminal import Log
