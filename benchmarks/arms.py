@@ -6,7 +6,7 @@
 An arm is the preset for these pictures with the named values in the place of its own, in the words of config.toml; ""
 is the preset as it is. `--seconds` are those of the training alone: an arm's own speed is measured first, and its steps
 follow from that, so that a slower arm sees fewer pictures. The loss is that of held-out pictures, with the average
-weights; with `--samples` pictures are drawn too, and their Frechet distance to held-out ones measured in the space of
+weights: the error of v whatever an arm predicts, mean over log-SNRs from -8 to 6; with `--samples` pictures are drawn too, and their Frechet distance to held-out ones measured in the space of
 the encoder trained on the folder. Results go on in a file, so that an arm that was run before is not run again.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 import tomllib
 from pathlib import Path
@@ -39,6 +40,7 @@ from snowmelt.evaluation.drawing import class_by_chance
 from snowmelt.evaluation.levels import errors_of
 from snowmelt.models import build_learner
 from snowmelt.models.base import Drawing, Learner
+from snowmelt.models.diffusion import HELD_OUT_LEVELS
 from snowmelt.networks.group_norm import channels_last_pays
 from snowmelt.pictures import save_png, sheet
 from snowmelt.presets import facts_of, preset
@@ -120,6 +122,9 @@ def measured(learner: Learner, average: Average, data: Prepared, options: Option
     with average.applied():
         errors = errors_of(learner, data, spread_rows(data.held_out, options.held_out), seed=0, device=CPU)
         found: dict[str, Any] = {key: values.mean().item() for key, values in errors.items()}
+        if options.model == "diffusion":  # |x0_hat - x0|^2 / sigma^2, so that arms that predict something else compare
+            by_level = [found[f"error at log-SNR {level:+.0f}"] * (1 + math.exp(level)) for level in HELD_OUT_LEVELS]
+            found["held_out_loss"] = sum(by_level) / len(by_level)
         if options.samples:
             parts: list[torch.Tensor] = []
             facts = learner.model.config.data  # type: ignore[attr-defined]
