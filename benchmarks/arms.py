@@ -3,11 +3,12 @@
     python benchmarks/arms.py runs/mnist/data --seconds 180 --arms "" "training.batch=16" "training.batch=32"
     python benchmarks/arms.py runs/mnist/data --images 10000 --seeds 0 1 2 --arms "" "network.patch=2" --samples 1000
 
-An arm is the preset for these pictures with the named values in the place of its own, in the words of config.toml; ""
-is the preset as it is. `--seconds` are those of the training alone: an arm's own speed is measured first, and its steps
-follow from that, so that a slower arm sees fewer pictures. The loss is that of held-out pictures, with the average
-weights: the error of v whatever an arm predicts, mean over log-SNRs from -8 to 6; with `--samples` pictures are drawn too, and their Frechet distance to held-out ones measured in the space of
-the encoder trained on the folder. Results go on in a file, so that an arm that was run before is not run again.
+An arm is the preset for these pictures with the named values in the place of its own, in the words of config.toml;
+"" is the preset as it is. `--seconds` are those of the training alone: an arm's own speed is measured first, and
+its steps follow from that, so that a slower arm sees fewer pictures. The loss is that of held-out pictures, with
+the average weights: the error of v whatever an arm predicts, mean over log-SNRs from -8 to 6; with `--samples`
+pictures are drawn too, and their Frechet distance to held-out ones measured in the space of the encoder trained on
+the folder. Results go on in a file, so that an arm that was run before is not run again.
 """
 
 from __future__ import annotations
