@@ -24,7 +24,7 @@ LAYERS = (
         "recording",
     },
     {"ema", "checkpoint", "models", "evaluation", "run", "pictures", "presets", "foreign", "pages"},
-    {"training", "explaining", "edits", "reporting", "evaluating", "comparing"},
+    {"training", "tuning", "explaining", "edits", "reporting", "evaluating", "comparing"},
     {"prepare", "train", "sample", "tune", "edit", "evaluate", "explain", "exchange", "report", "compare"},
     {"cli"},
     {"__main__"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -12,7 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 import zoo
-from snowmelt.data.prepared import HEADER_BYTES, Prepared, is_prepared, npy_header, open_prepared
+from snowmelt.data import prepared
+from snowmelt.data.prepared import HEADER_BYTES, Prepared, is_prepared, mean_pictures, npy_header, open_prepared
 from snowmelt.errors import UserError
 from snowmelt.prepare import PrepareOptions, prepare
 
@@ -51,6 +53,18 @@ def test_a_copy_elsewhere_is_the_same_dataset(original, copy):
 
 def test_plain_numpy_reads_it(original):
     np.testing.assert_array_equal(np.load(original.path / "images.npy"), original.images)
+
+
+def test_mean_pictures_are_those_of_the_classes(original, monkeypatch):
+    """However many rows are read at once; a class without a training picture has the mean of all."""
+    monkeypatch.setattr(prepared, "_CHUNK_BYTES", 3 * original.images[0].nbytes)
+    of_a, of_b, of_all = mean_pictures(original)
+    rows = {label: [row for row in original.train if original.labels[row] == label] for label in (0, 1)}
+    for mean, some in ((of_a, rows[0]), (of_b, rows[1]), (of_all, original.train)):
+        np.testing.assert_array_equal(mean, np.asarray(original.images[some], float).mean(0).round())
+    of_a, of_b, of_all = mean_pictures(dataclasses.replace(original, train=np.array(rows[0])))
+    np.testing.assert_array_equal(of_b, of_all)
+    np.testing.assert_array_equal(of_a, of_all)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 1), (10**9, 1024, 1024, 3), (0, 8, 8, 1)])

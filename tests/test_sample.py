@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save
 
 from snowmelt.cli import run as cli
+from snowmelt.device import Precision
 from snowmelt.evaluation import drawing
+from snowmelt.models.base import Drawing
 from snowmelt.run import Run
 from snowmelt.sample import SampleOptions, sample, wanted_pictures
 from snowmelt.training import watch
@@ -94,6 +98,7 @@ def test_guidance_one_is_none_and_classes_matter(digits, tmp_path):
         ["--sampler", "unipc", "--levels", "-8", "-4", "-1", "2", "6"],
         ["--sampler", "ddpm", "--variance", "analytic", "--steps", "6"],
         ["--sampler", "dpmpp_2m", "--eta", "0.5", "--steps", "6"],
+        ["--sampler", "dpmpp_2m", "--mean-first", "--steps", "6"],
         ["--sampler", "restart", "--steps", "8", "--threshold", "dynamic"],
         ["--guidance", "2", "--away-from", "early", "--guidance-range", "-4", "4", "--steps", "6"],
         ["--guidance", "4", "--guide", "projected", "--guidance-rescale", "0.5", "--steps", "6"],
@@ -127,6 +132,46 @@ def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tm
         assert json.loads(kept.read_text()) == before
 
 
+def test_the_mean_of_a_class_stands_for_one_answer(digits, tmp_path):
+    """The network is asked once less; the means are kept, and made again where what was kept is damaged."""
+    kept = digits / "evaluations" / drawing.MEANS
+    words = [
+        "sample",
+        str(digits),
+        "--count",
+        "1",
+        "--classes",
+        "3",
+        "--mean-first",
+        "--sampler",
+        "ddim",
+        "--steps",
+        "4",
+    ]
+    kept.unlink(missing_ok=True)
+    assert cli([*words, "--out", str(tmp_path / "a")]) == 0
+    before, name = kept.read_bytes(), "seed0-00000.png"
+    for spoiled in (b"", before[:-8], save({"means": torch.zeros(2, 1, 8, 8)}), save({"others": torch.zeros(1)})):
+        kept.write_bytes(spoiled)
+        assert cli([*words, "--out", str(tmp_path / "b")]) == 0
+        assert kept.read_bytes() == before and np.array_equal(
+            pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name)
+        )
+    run = Run.open(digits)
+    model, _ = run.load_model(Precision(torch.device("cpu")))
+    way = Drawing(sampler="ddim", steps=4, mean_first=True)
+    drawing.make_ready(run, model, way)
+    asked: list[int] = []
+    model.denoiser.backbone.register_forward_hook(lambda *_: asked.append(1))
+    first, *rest = model.sample(lambda _: torch.randn(2, 1, 8, 8), torch.tensor([3, 5]), way)
+    data = run.open_pictures()
+    threes = [row for row in data.train if data.labels[row] == 3]
+    mean = np.asarray(data.images[threes], float).mean(0)[..., 0]
+    # Half a level, by rounding.
+    assert len(asked) == len(rest) == way.answers == 3
+    np.testing.assert_allclose((first.x0[0, 0].numpy() + 1) * 127.5, mean, atol=0.51)
+
+
 def test_unconditional_pictures_have_classes_as_often_as_the_data(digits, tmp_path):
     options = SampleOptions(digits, unconditional=True, count=2000)
     run = Run.open(digits)
@@ -155,6 +200,7 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--classes", "seven"], "There is no class 'seven'"),
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--count", "0"], "--count is 0; give at least 1"),
+        (["--steps", "1", "--mean-first"], "give --steps 2 or more"),
         (["--steps", "0"], "--steps is 0; give 1 to 100,000"),
         (["--first", "-1"], "--first is -1"),
         (["--unconditional", "--classes", "1"], "exclude each other"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import shlex
 from itertools import combinations, pairwise
@@ -29,8 +28,8 @@ from snowmelt.evaluation.metrics import frechet_of
 from snowmelt.evaluation.neighbours import Pair
 from snowmelt.models.base import Drawing
 from snowmelt.run import Run
-
-tune = importlib.import_module("snowmelt.tune")
+from snowmelt.tune import TuneOptions, tune
+from snowmelt.tuning import judge, search
 
 MIXTURE = GaussianMixture(
     torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
@@ -104,7 +103,7 @@ def test_moved_levels_rise():
     levels = (-9.0, -4.0, 0.0, 6.0)
     for place in (1, 2, 3):
         for share in (0.9, -0.9):
-            other = tune.moved(levels, place, share)
+            other = search.moved(levels, place, share)
             assert all(low < high for low, high in pairwise(other)) and other[0] == -9.0
             assert [one != two for one, two in zip(levels, other, strict=True)].index(True) == place
 
@@ -117,7 +116,7 @@ def test_moves_lead_to_the_least_distance():
     """
     start = Drawing(sampler="dpmpp_2m", levels=(-9.0, -4.0, 0.0, 6.0))
     aim = start
-    for move, way in zip(tune.MOVES, (1, 1, -1, 1), strict=True):
+    for move, way in zip(judge.MOVES, (1, 1, -1, 1), strict=True):
         aim = move(aim, way)
     seen: list[Drawing] = []
 
@@ -129,9 +128,9 @@ def test_moves_lead_to_the_least_distance():
         first, second, *_, last = drawing.levels
         return drawing.eta or 0.0, first, last, 5 * (second - first) / (last - first)
 
-    found = tune.improved(distance, tune.Judged(distance(start), start))
+    found = judge.improved(distance, judge.Judged(distance(start), start))
     assert found.distance == pytest.approx(0, abs=1e-9) and found.drawing.levels == pytest.approx(aim.levels)
-    assert len(seen) - 1 <= tune.MOVED and len(set(seen)) == len(seen)
+    assert len(seen) - 1 <= judge.MOVED and len(set(seen)) == len(seen)
     assert aim.eta == 0.25 and aim.levels[0] == -8 and aim.levels[-1] == pytest.approx(5)
 
 
@@ -142,18 +141,18 @@ def test_the_best_of_both_kinds_is_moved():
     def distance(drawing: Drawing) -> float:
         return 5.0 if drawing.sampler == "ipndm" else 10.0 - 3 * (6.0 - drawing.levels[-1])
 
-    judged = [tune.Judged(distance(one), one) for one in (near, far)]
-    best, start = tune.moved_on(distance, judged, 1)
+    judged = [judge.Judged(distance(one), one) for one in (near, far)]
+    best, start = judge.moved_on(distance, judged, 1)
     assert start.drawing == far and best.distance < 5
-    assert tune.moved_on(distance, judged[:1], 1) == (judged[0], judged[0])
+    assert judge.moved_on(distance, judged[:1], 1) == (judged[0], judged[0])
 
 
 def test_there_are_no_moves_to_where_nothing_is():
     short = Drawing(sampler="dpmpp_2m", levels=(-0.4, 0.4))
-    assert tune.ended(short, 1) is None and tune.started(short, 1) is None, "the levels would fall"
-    assert tune.ended(Drawing(levels=(0.0, 24.5)), -1) is None, "beyond what is drawn"
-    assert tune.fresher(short, -1) is None and tune.fresher(Drawing(sampler="ipndm"), 1) is None
-    assert tune.fresher(Drawing(), 1) is None and tune.fresher(Drawing(), -1).eta == 0.75
+    assert judge.ended(short, 1) is None and judge.started(short, 1) is None, "the levels would fall"
+    assert judge.ended(Drawing(levels=(0.0, 24.5)), -1) is None, "beyond what is drawn"
+    assert judge.fresher(short, -1) is None and judge.fresher(Drawing(sampler="ipndm"), 1) is None
+    assert judge.fresher(Drawing(), 1) is None and judge.fresher(Drawing(), -1).eta == 0.75
 
 
 # the verb
@@ -168,9 +167,20 @@ def digits(tmp_path_factory) -> Path:
     return out
 
 
+def fewer(monkeypatch, *, fine: int, pictures: int, real: int) -> None:
+    """Levels and pictures than people have, so that tuning takes seconds."""
+    for module, name, value in (
+        (search, "FINE", fine),
+        (search, "TRIED", pictures),
+        (search, "LARGEST_BATCH", pictures),
+        (judge, "JUDGED", pictures),
+        (judge, "REAL", real),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
 def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys, monkeypatch):
-    for name, fewer in {"FINE": 15, "TRIED": 16, "JUDGED": 16, "REAL": 300, "LARGEST_BATCH": 16}.items():
-        monkeypatch.setattr(tune, name, fewer)
+    fewer(monkeypatch, fine=15, pictures=16, real=300)
 
     def drawn(*words: str) -> tuple[dict, bytes]:
         assert cli(["sample", str(digits), "--count", "1", "--out", str(tmp_path), *words]) == 0
@@ -181,7 +191,7 @@ def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys, monkeyp
     assert cli(words) == 0
     assert "Frechet distances of 16 drawn" in " ".join(capsys.readouterr().err.split())
     kept = json.loads((digits / "evaluations" / "levels.json").read_text())["steps"]
-    assert kept.keys() == {"4", "6"} and all(len(kept[count]["levels"]) == int(count) for count in kept)
+    assert kept.keys() == {"4", "6"} and all(asked(kept[count]) == int(count) for count in kept)
     after, other = drawn("--steps", "6")
     assert (after["sampler"], after["levels"]) == (kept["6"]["sampler"], kept["6"]["levels"]) and other != picture
     assert drawn(*shlex.split(after["command"])[3:]) == (after, other), "its note draws it again"
@@ -192,26 +202,32 @@ def test_a_tuned_run_draws_at_the_levels_found(digits, tmp_path, capsys, monkeyp
     run = Run.open(digits)
     options = EvaluateOptions(digits, steps=6)
     assert order_of(run, options).drawing.levels == tuple(kept["6"]["levels"])
+    assert order_of(run, options).drawing.answers == 6
     assert order_of(run, dataclasses.replace(options, sampler="unipc")).drawing.levels == ()
     assert order_of(run, EvaluateOptions(digits)).drawing.levels == ()
 
 
+def asked(drawing: dict) -> int:
+    """How often the network is asked at these levels."""
+    return len(drawing["levels"]) - drawing.get("mean_first", False)
+
+
 def test_real_pictures_decide(digits, monkeypatch):
     """The smallest distance wins, whatever is nearest to many steps; each candidate draws the same pictures."""
-    for name, fewer in {"FINE": 9, "TRIED": 8, "JUDGED": 8, "REAL": 50, "LARGEST_BATCH": 8}.items():
-        monkeypatch.setattr(tune, name, fewer)
+    fewer(monkeypatch, fine=9, pictures=8, real=50)
     seen: list[Drawing] = []
 
     def distance(_judge: object, drawing: Drawing) -> float:
         seen.append(drawing)
         return 0.0 if drawing.sampler == "unipc" else 1.0
 
-    monkeypatch.setattr(tune.Judge, "distance", distance)
-    options = tune.TuneOptions(digits, counts=(4,), samplers=("ddim", "dpmpp_2m"), pictures=8)
-    file = tune.tune(options)
+    monkeypatch.setattr(judge.Judge, "distance", distance)
+    options = TuneOptions(digits, counts=(4,), samplers=("ddim", "dpmpp_2m"), pictures=8)
+    file = tune(options)
     assert json.loads(file.read_text())["steps"]["4"]["sampler"] == "unipc"
     assert {one.sampler for one in seen} >= {"dpmpp_2m", "unipc", "dpmpp_2m_sde"}
-    assert all(len(one.levels) == 4 for one in seen) and len(set(seen)) == len(seen)
+    assert all(one.answers == 4 for one in seen) and len(set(seen)) == len(seen)
+    assert {(one.sampler, one.mean_first) for one in seen} >= {("dpmpp_2m", True), ("dpmpp_2m", False)}
     file.unlink()
 
 
@@ -220,11 +236,11 @@ def test_the_judge_sees_what_is_nearer(digits):
     run = Run.open(digits)
     model, _ = run.load_model(Precision(torch.device("cpu")))
     judged: list[int] = []
-    judge = tune.Judge.of(run, model, tune.TuneOptions(digits), lambda: judged.append(1))
-    real = frechet_of(Pair(judge.real, judge.space.features(run.open_pictures().images[:256])))
+    court = judge.Judge.of(run, model, 1, lambda: judged.append(1))
+    real = frechet_of(Pair(court.real, court.space.features(run.open_pictures().images[:256])))
     drawing = Drawing(steps=3)
-    drawn = judge.distance(drawing)
-    assert real < drawn == judge.distance(drawing) and len(judged) == 2
+    drawn = court.distance(drawing)
+    assert real < drawn == court.distance(drawing) and len(judged) == 2
 
 
 def test_levels_of_other_weights_are_not_used(digits):
@@ -237,7 +253,10 @@ def test_levels_of_other_weights_are_not_used(digits):
         return None if found == asked else found
 
     noisy = Drawing(sampler="dpmpp_2m", eta=0.25, levels=(-6.0, 0.0, 1.0, 5.0))
+    mean = Drawing(sampler="deis", levels=(-5.0, 0.0, 2.0, 5.0), mean_first=True)
     path = keep_tuned(run, state, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)), 4: noisy})
+    assert keep_tuned(run, state, {3: mean}) == path and known_for(3) == mean and known_for(4) is None
+    keep_tuned(run, state, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)), 4: noisy})
     assert known_for(3) == Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)) and known_for(4) == noisy
     assert known_for(5) is None
     known = json.loads(path.read_text())
@@ -246,6 +265,7 @@ def test_levels_of_other_weights_are_not_used(digits):
         {**known, "weights": "other"},
         {**known, "steps": {"3": {**of, "levels": [3, 1, 2]}}},
         {**known, "steps": {"3": {**of, "levels": [1, 2]}}},
+        {**known, "steps": {"3": {**of, "mean_first": True}}},
         {**known, "steps": {"3": {**of, "sampler": "magic"}}},
         {**known, "steps": {"3": {**of, "eta": 0.5}}},
         {**known, "steps": {"3": {**of, "eta": "much"}}},

@@ -63,6 +63,9 @@ class SampleOptions:
     """time, log_snr or karras: how they are spaced; as suits the sampler when not given."""
     levels: tuple[float, ...] = ()
     """The levels themselves, as rising log-SNRs such as -8 -4 0 4 8, instead of --steps."""
+    mean_first: bool = False
+    """Take the mean of the training pictures, or of the class, as the first answer: all that can be said of pure noise,
+    and one evaluation of the network less."""
     variance: str | None = None
     """Of ddpm's fresh noise: posterior, forward, analytic (measured on the training pictures) or learned."""
     guidance: float = 1.0
@@ -241,7 +244,8 @@ def _command(facts: dict[str, Any], one: Wanted, name: str | None) -> str:
     """The line that draws this picture again."""
     words: list[Any] = ["snowmelt", "sample", facts["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
     for option, value in {**facts["drawing"], "state": facts["state"], "precision": facts["precision"]}.items():
-        words += [f"--{option.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+        given = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{option.replace('_', '-')}", *given]
     words += [] if name is None else ["--classes", name]
     return shlex.join(map(str, words))
 

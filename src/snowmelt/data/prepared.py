@@ -156,6 +156,24 @@ def spread_rows(rows: np.ndarray, most: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
 
 
+def mean_pictures(data: Prepared) -> np.ndarray:
+    """uint8 (classes + 1, height, width, channels): the mean training picture of each class and, last, of all."""
+    sums = np.zeros((len(data.classes) + 1, *data.images.shape[1:]), np.int64)
+    counts = np.zeros(len(sums), np.int64)
+    step = max(1, _CHUNK_BYTES // int(data.images[0].nbytes))
+    for start in range(0, len(data.train), step):
+        rows = data.train[start : start + step]
+        pictures, labels = data.images[rows], None if data.labels is None else data.labels[rows]
+        for label in range(len(sums)):
+            some = pictures if label == len(data.classes) else pictures[labels == label]
+            sums[label] += some.sum(0, dtype=np.int64)
+            counts[label] += len(some)
+    # A class without a training picture is as likely to be like all the others.
+    empty = counts == 0
+    sums[empty], counts[empty] = sums[-1], counts[-1]
+    return (sums / counts[:, None, None, None]).round().astype(np.uint8)
+
+
 def row_digests(images: np.ndarray) -> list[bytes]:
     """The SHA-256 of every image's pixels."""
     return [hashlib.sha256(row.tobytes()).digest() for chunk in row_chunks(images) for row in np.asarray(images[chunk])]

@@ -9,6 +9,7 @@ F* = (x0 - c_skip x) / c_out, which is the noise for "noise", alpha noise - sigm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -107,6 +108,15 @@ class Denoiser(nn.Module):
     def forward(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
         """x0: the expected clean image, given `x` at `log_snr` (one level, or one for each image)."""
         return self.image(x, log_snr, self.answer(x, log_snr, cond))
+
+
+def beginning_with(mean: Images, start: float, denoise: Denoise) -> Denoise:
+    """`denoise`, but at the level `start`, where a walk begins with nothing but noise, which says only what is usual.
+
+    The expected picture is the mean of all pictures there, and the network need not be asked for it. (The analytical
+    first step of Dockhorn et al. 2022, arXiv:2210.05475, whose mean is 0.)
+    """
+    return lambda x, log_snr: mean.to(x).expand_as(x) if math.isclose(log_snr, start) else denoise(x, log_snr)
 
 
 def share(x: Images, answer: Answers) -> Images:

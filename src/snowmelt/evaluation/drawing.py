@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from snowmelt import checkpoint
 from snowmelt.config import DataConfig
 from snowmelt.data.pixels import to_images
+from snowmelt.data.prepared import mean_pictures
 from snowmelt.diffusion.grids import given_grid, log_snr_grid
 from snowmelt.diffusion.variance import Variance, analytic, noise_power
 from snowmelt.errors import UserError
@@ -22,6 +25,7 @@ from snowmelt.models.base import Drawing, Model, classes_of
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.run import Run
 from snowmelt.seeds import generator
+from snowmelt.shapes import Images
 
 MEASURED_LEVELS = 40
 MEASURED_PICTURES = 128
@@ -50,6 +54,8 @@ def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
             model.weaker["early"] = early.bind
         if drawing.variance == "analytic":
             model.variances["analytic"] = measured_variance(run, model)
+        if drawing.mean_first:
+            model.means = mean_images(run).to(model.precision.device)
         model.sampler(drawing, model.bind(None))
 
 
@@ -72,6 +78,28 @@ def early_model(run: Run, model: DiffusionModel) -> DiffusionModel:
     checkpoint.load_into(early, checkpoint.load(path, "average"), path)
     assert isinstance(early, DiffusionModel)
     return early
+
+
+MEANS = "means.safetensors"
+
+
+def mean_images(run: Run) -> Images:
+    """The mean training picture of each class and, last, of all; kept in the run.
+
+    Raises:
+        UserError: they were not kept, and the prepared pictures are gone.
+    """
+    facts, path = run.config.data, run.path / "evaluations" / MEANS
+    shape = (len(facts.classes) + 1, facts.channels, facts.size, facts.size)
+    try:
+        kept = load(path.read_bytes())["means"]
+        if kept.shape == shape and kept.isfinite().all():
+            return kept
+    except (OSError, KeyError, SafetensorError):
+        pass
+    means = to_images(torch.from_numpy(mean_pictures(run.open_pictures())))
+    write_atomic(run.folder("evaluations") / MEANS, save({"means": means}))
+    return means
 
 
 def measured_variance(run: Run, model: DiffusionModel) -> Variance:
@@ -142,9 +170,10 @@ def _tuned(run: Run, state: Path, steps: int) -> Drawing | None:
         known = json.loads((run.path / "evaluations" / TUNED).read_text(encoding="utf-8"))
         chosen = known["steps"][str(steps)]
         levels = tuple(given_grid([float(level) for level in chosen["levels"]]).tolist())
-        found = Drawing(sampler=chosen["sampler"], eta=chosen.get("eta"), levels=levels)
+        mean_first = chosen.get("mean_first", False) is True
+        found = Drawing(sampler=chosen["sampler"], eta=chosen.get("eta"), levels=levels, mean_first=mean_first)
         check_drawing(found, classes=False)
-        if known["weights"] != _weights(state) or len(levels) != steps:
+        if known["weights"] != _weights(state) or found.answers != steps:
             return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError):
         return None

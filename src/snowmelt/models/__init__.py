@@ -103,6 +103,8 @@ def check_drawing(drawing: Drawing, *, classes: bool) -> None:
 def _check_levels(drawing: Drawing) -> None:
     if not 1 <= drawing.steps <= MOST_STEPS:
         raise UserError(f"--steps is {drawing.steps}; give 1 to {MOST_STEPS:,}, such as 15.")
+    if not drawing.answers:
+        raise UserError("--mean-first leaves nothing to draw of a single step; give --steps 2 or more.")
     if drawing.levels:
         given_grid(drawing.levels)
         for name in ("schedule", "spacing"):

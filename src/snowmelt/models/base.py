@@ -36,6 +36,8 @@ class Drawing:
     """A name of `GRIDS`: how they are spaced; none: as the sampler's `Method` says."""
     levels: tuple[float, ...] = ()
     """The levels themselves, as rising log-SNRs, in the place of all that."""
+    mean_first: bool = False
+    """Whether the first answer is the mean of the pictures, or of the class, and the network is not asked for it."""
     variance: str | None = None
     """A name of `VARIANCES`, or "analytic" or "learned": how much fresh noise DDPM's steps draw."""
     guidance: float = 1.0
@@ -61,6 +63,11 @@ class Drawing:
     def count(self) -> int:
         """Levels that are visited."""
         return len(self.levels) or self.steps
+
+    @property
+    def answers(self) -> int:
+        """How often most samplers ask the network."""
+        return self.count - self.mean_first
 
     def as_dict(self) -> dict[str, Any]:
         """What differs from plain drawing, and the sampler and steps, as JSON has it."""

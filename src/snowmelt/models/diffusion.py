@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from snowmelt.config import Config, DiffusionConfig
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
-from snowmelt.diffusion.denoiser import Denoise, Denoiser, share
+from snowmelt.diffusion.denoiser import Denoise, Denoiser, beginning_with, share
 from snowmelt.diffusion.grids import GRIDS, check_grid, given_grid
 from snowmelt.diffusion.guidance import GUIDANCES, THRESHOLDS, once, rescaled, within
 from snowmelt.diffusion.levels import LEVELS, LEVELS_STATE, Drawn
@@ -127,6 +127,8 @@ class DiffusionModel(Model):
         """What `Drawing.variance` may name, but "learned"; an estimated one can be added."""
         self.weaker: dict[str, Callable[[Labels | None], Denoise]] = {"no_class": lambda _labels: self.bind(None)}
         """What `Drawing.away_from` may name; an early state of the same model can be added."""
+        self.means: Images | None = None
+        """The mean picture of each class and, last, of all, for `Drawing.mean_first`; whoever wants that gives them."""
 
     @property
     def compilable(self) -> nn.Module:
@@ -182,8 +184,16 @@ class DiffusionModel(Model):
     def sample(self, noise: NoiseSource, labels: Labels | None, drawing: Drawing) -> Iterator[Step]:
         """From noise to pictures, a step at a time: see `Model`."""
         plain = self.bind(labels)
-        walk = self.sampler(drawing, plain)
-        yield from quietly(walk(self.guided(plain, labels, drawing), noise(0), self.grid(drawing), noise))
+        walk, grid = self.sampler(drawing, plain), self.grid(drawing)
+        denoise = self.guided(plain, labels, drawing)
+        if drawing.mean_first:
+            denoise = beginning_with(self.mean_of(labels), grid[0].item(), denoise)
+        yield from quietly(walk(denoise, noise(0), grid, noise))
+
+    def mean_of(self, labels: Labels | None) -> Images:
+        """The mean picture of each label, (batch, ...), or that of all, (1, ...)."""
+        assert self.means is not None, "made ready for it: evaluation.drawing.make_ready"
+        return self.means[-1:] if labels is None else self.means[labels]
 
 
 def quietly(steps: Iterator[Step]) -> Iterator[Step]:

@@ -1,0 +1,148 @@
+"""The last word: how near to real pictures a candidate draws, and where moving it brings it nearer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from snowmelt.data.pixels import to_pixels
+from snowmelt.data.prepared import spread_rows
+from snowmelt.diffusion.grids import given_grid
+from snowmelt.diffusion.samplers import SAMPLERS
+from snowmelt.errors import UserError
+from snowmelt.evaluation.features import Space, open_spaces, real_features
+from snowmelt.evaluation.metrics import frechet_of
+from snowmelt.evaluation.neighbours import Pair
+from snowmelt.models.base import Drawing
+from snowmelt.models.diffusion import DiffusionModel
+from snowmelt.run import Run
+from snowmelt.shapes import Features
+from snowmelt.tuning.search import noises
+
+JUDGED, REAL = 256, 2000
+"""Pictures drawn with each candidate, and training pictures, between which the distance is measured."""
+MOVED = 12
+"""Moves of each of the two best candidates, at most, that real pictures judge."""
+
+
+class Judged(NamedTuple):
+    """A way to draw, judged."""
+
+    distance: float
+    drawing: Drawing
+
+    def words(self) -> str:
+        """How it draws, for the table."""
+        levels = self.drawing.levels
+        noise = "" if self.drawing.eta is None else f"eta {self.drawing.eta:g}, "
+        mean = "mean first, " if self.drawing.mean_first else ""
+        return f"{self.drawing.sampler}, {noise}{mean}{levels[0]:.1f} to {levels[-1]:.1f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Says how near pictures are to the training pictures, in a space that nobody trained."""
+
+    model: DiffusionModel
+    space: Space
+    real: Features
+    seed: int
+    judged: Callable[[], object]
+    """Called after every candidate."""
+
+    @staticmethod
+    def of(run: Run, model: DiffusionModel, seed: int, judged: Callable[[], object]) -> Judge:
+        """With pictures of `run`.
+
+        Raises:
+            UserError: they are gone.
+        """
+        data = run.open_pictures()
+        (space,) = open_spaces(data, ("random",), device=model.precision.device, log=lambda _: None)
+        return Judge(model, space, real_features(space, data, spread_rows(data.train, REAL)), seed, judged)
+
+    def distance(self, drawing: Drawing) -> float:
+        """The Frechet distance of `JUDGED` pictures, made of the same noise for every drawing."""
+        pixels: list[np.ndarray] = []
+        # Of other noise than the trajectories.
+        for noise, labels in noises(self.model, self.seed + 1, JUDGED):
+            *_, last = self.model.sample(noise, labels, drawing)
+            pixels.append(to_pixels(last.x0).cpu().numpy())
+        self.judged()
+        return frechet_of(Pair(self.real, self.space.features(np.concatenate(pixels))))
+
+
+def moved_on(distance: Callable[[Drawing], float], judged: list[Judged], even: int) -> tuple[Judged, Judged]:
+    """The nearest to real pictures that moves lead to, and where they began.
+
+    They begin at the best of the first `even` candidates and at the best of the searched ones: with few steps the
+    second can be far behind at first and far ahead in the end (docs/benchmarks.md).
+    """
+    starts = [min(some, key=_distance) for some in (judged[:even], judged[even:]) if some]
+    return min(((improved(distance, start), start) for start in starts), key=lambda way: way[0].distance)
+
+
+def improved(distance: Callable[[Drawing], float], start: Judged) -> Judged:
+    """`start`, moved along one of `MOVES` after the other for as long as its pictures come nearer to real ones."""
+    best, left = start, MOVED
+    for move in MOVES:
+        for way in (1, -1):
+            begun = best
+            while left and (other := move(best.drawing, way)) is not None:
+                left -= 1
+                found = Judged(distance(other), other)
+                if found.distance >= best.distance:
+                    break
+                best = found
+            if best is not begun:
+                break
+    return best
+
+
+def fresher(drawing: Drawing, way: int) -> Drawing | None:
+    """With a quarter more or less fresh noise; None where there is no more, or no less, or none to choose."""
+    how = SAMPLERS[drawing.sampler].how
+    if how is None or not how.may_draw:
+        return None
+    eta = (how.eta if drawing.eta is None else drawing.eta) + way / 4
+    return dataclasses.replace(drawing, eta=eta) if 0 <= eta <= 1 else None
+
+
+def bent(drawing: Drawing, way: int) -> Drawing | None:
+    """With levels denser where there is much noise, or where there is little."""
+    first, *_, last = drawing.levels
+    power, reach = 1.2**way, last - first
+    return with_levels(drawing, (first + reach * ((level - first) / reach) ** power for level in drawing.levels))
+
+
+def started(drawing: Drawing, way: int) -> Drawing | None:
+    """Starting at less noise, or at more."""
+    first, *_, last = drawing.levels
+    share = 1 - way / (last - first)
+    return with_levels(drawing, (last - share * (last - level) for level in drawing.levels))
+
+
+def ended(drawing: Drawing, way: int) -> Drawing | None:
+    """Ending at more noise, or at less."""
+    first, *_, last = drawing.levels
+    share = 1 - way / (last - first)
+    return with_levels(drawing, (first + share * (level - first) for level in drawing.levels))
+
+
+MOVES: tuple[Callable[[Drawing, int], Drawing | None], ...] = (fresher, ended, bent, started)
+"""(drawing, 1 or -1) -> a drawing near to it, or None where there is none; in the order that they are tried."""
+
+
+def with_levels(drawing: Drawing, levels: Iterable[float]) -> Drawing | None:
+    """The same with other levels; None where they are none."""
+    try:
+        return dataclasses.replace(drawing, levels=tuple(given_grid(list(levels)).tolist()))
+    except UserError:
+        return None
+
+
+def _distance(judged: Judged) -> float:
+    return judged.distance

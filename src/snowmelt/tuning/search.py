@@ -1,0 +1,195 @@
+"""Where candidates come from: levels with which few steps draw what many steps of the same run draw."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from rich.progress import Progress
+
+from snowmelt.diffusion.multistep import Form
+from snowmelt.diffusion.samplers import SAMPLERS
+from snowmelt.diffusion.search import Costs, Trajectories
+from snowmelt.diffusion.walk import NoiseSource, Step
+from snowmelt.evaluation.drawing import class_by_chance
+from snowmelt.models.base import Drawing
+from snowmelt.models.diffusion import DiffusionModel
+from snowmelt.seeds import noise_source
+from snowmelt.shapes import Images, Labels
+
+FINE = 41
+"""Levels of a trajectory, of which few are chosen."""
+REFERENCE = "dpmpp_3m"
+DISCOUNTS = (0.0, 0.5, 1.0)
+"""How much of an error the rest of the way undoes (see `snowmelt.diffusion.search`); each is tried."""
+HALF = 0.5
+"""The one taken for the sampler with fresh noise, which is not tried by how near it comes to many steps."""
+TRIED = 32
+"""Pictures that are drawn at searched levels, to be compared with those of many steps."""
+USUAL = ("dpmpp_2m", "unipc")
+"""Samplers whose usual levels are candidates, beside those of the sampler that draws when nothing is asked for."""
+LARGEST_BATCH, LARGE = 32, 64
+"""Pictures drawn at once, up to this size; fewer of larger ones, whose trajectories would not fit into memory."""
+SHIFTS = (0.3, -0.3)
+"""Shares of the way to a neighbour by which a level is moved, to see whether that is better."""
+ROUNDS = 1
+
+
+class Part(NamedTuple):
+    """Pictures that were drawn in many steps."""
+
+    noise: NoiseSource
+    labels: Labels | None
+    wanted: Images
+
+
+class Trial(NamedTuple):
+    """Levels for a sampler, tried."""
+
+    drawing: Drawing
+    error: float
+    """How far the pictures are from those of many steps: root mean square over pixels in [-1, 1]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where levels are tried: few steps should draw what many have drawn."""
+
+    model: DiffusionModel
+    parts: list[Part]
+    tried: Callable[[], object]
+    """Called after every trial."""
+
+    def trial(self, drawing: Drawing) -> Trial:
+        """Draw so, and compare."""
+        squares: list[float] = []
+        for part in self.parts:
+            *_, last = self.model.sample(part.noise, part.labels, drawing)
+            squares += [(last.x0.clamp(-1, 1) - part.wanted).square().mean().item()] * len(part.wanted)
+        self.tried()
+        return Trial(drawing, (sum(squares) / len(squares)) ** 0.5)
+
+
+def noises(model: DiffusionModel, seed: int, count: int) -> Iterator[tuple[NoiseSource, Labels | None]]:
+    """Batches of the noise of `count` pictures and, where there are classes, of what they show."""
+    data, device = model.config.data, model.precision.device
+    batch = max(1, min(LARGEST_BATCH, LARGEST_BATCH * LARGE**2 // data.size**2))
+    for start, stop in pairwise([*range(0, count, batch), count]):
+        numbers, shape = range(start, stop), (data.channels, data.size, data.size)
+        classes = [class_by_chance(data, seed, number) for number in numbers] if data.classes else []
+        noise = noise_source([seed] * len(numbers), numbers, shape, device)
+        yield noise, torch.tensor(classes, device=device) if classes else None
+
+
+def walks(model: DiffusionModel, *, pictures: int, seed: int, progress: Progress) -> Iterator[tuple[Part, list[Step]]]:
+    """Batches of `pictures` pictures with their walks over `FINE` levels."""
+    batches = list(noises(model, seed, pictures))
+    work = progress.add_task("Trajectories", total=len(batches) * FINE)
+    for noise, labels in batches:
+        walk: list[Step] = []
+        for step in model.sample(noise, labels, Drawing(sampler=REFERENCE, steps=FINE)):
+            walk.append(step)
+            progress.advance(work)
+        yield Part(noise, labels, walk[-1].x0.clamp(-1, 1)), walk
+
+
+def learned(drawn: Iterator[tuple[Part, list[Step]]], pictures: int) -> tuple[Trajectories, list[Part]]:
+    """What the first `pictures` of the walks teach, and the first `TRIED` of the pictures."""
+    parts: list[Part] = []
+
+    def some() -> Iterator[list[Step]]:
+        seen = 0
+        while seen < pictures:
+            part, walk = next(drawn)
+            if seen < TRIED:
+                parts.append(part)
+            seen += len(part.wanted)
+            yield walk
+
+    return Trajectories.of(some()), parts
+
+
+def costs_of(found: Trajectories, samplers: Sequence[str]) -> dict[str, Costs]:
+    """What each sampler's steps cost; computed once for those that weigh two answers alike."""
+    kinds: dict[tuple[Form, int], Costs] = {}
+    costs: dict[str, Costs] = {}
+    for name in samplers:
+        how = SAMPLERS[name].how
+        assert how is not None, "they were checked"
+        kind = how.form, min(how.order, 2)
+        if kind not in kinds:
+            kinds[kind] = Costs.of(found, how.form, answers=kind[1])
+        costs[name] = kinds[kind]
+    return costs
+
+
+def usual_names() -> Iterator[str]:
+    """The samplers whose usual levels are candidates."""
+    yield from dict.fromkeys((*USUAL, Drawing().sampler))
+
+
+def usual(bench: Bench, count: int) -> list[Drawing]:
+    """The usual levels of `usual_names`, in their order, at which the network is asked `count` times."""
+    grids = {name: bench.model.grid(Drawing(sampler=name, steps=count)).tolist() for name in usual_names()}
+    return [Drawing(sampler=name, levels=tuple(grid)) for name, grid in grids.items()]
+
+
+def even(bench: Bench, count: int) -> list[Drawing]:
+    """`usual`, and the same with the mean as their first answer, which leaves them a level more."""
+    after = (dataclasses.replace(one, mean_first=True) for one in usual(bench, count + 1))
+    return [*usual(bench, count), *after]
+
+
+def searched(bench: Bench, costs: dict[str, Costs], count: int) -> list[Drawing]:
+    """Levels that trajectories suggest, at which the network is asked `count` times after the mean.
+
+    First those with which a sampler comes nearest to many steps; then those of the sampler with fresh noise, at the
+    levels that suit its like without.
+    """
+    plain = Drawing().sampler
+    cost = costs.get(plain.removesuffix("_sde"), next(iter(costs.values())))
+    noisy = Drawing(sampler=plain, levels=levels_of(bench, cost, HALF, count + 1), mean_first=True)
+    return [nearest(bench, costs, count).drawing, noisy]
+
+
+def levels_of(bench: Bench, cost: Costs, discount: float, count: int) -> tuple[float, ...]:
+    """The best path of `count` levels."""
+    places = cost.discounted(bench.model.config.data.std, discount).best(count)
+    return tuple(cost.levels[place] for place in places)
+
+
+def nearest(bench: Bench, costs: dict[str, Costs], count: int) -> Trial:
+    """The levels, and the sampler, with which pictures are nearest to those of many steps."""
+    tried: list[Trial] = []
+    for name, cost in costs.items():
+        grid = bench.model.grid(Drawing(sampler=name, steps=count + 1)).tolist()
+        found = (levels_of(bench, cost, discount, count + 1) for discount in DISCOUNTS)
+        for levels in (tuple(grid), *found):
+            tried.append(bench.trial(Drawing(sampler=name, levels=levels, mean_first=True)))
+    best = min(tried, key=_error)
+    for _ in range(ROUNDS):
+        for place in range(1, count + 1):
+            for share in SHIFTS:
+                other = dataclasses.replace(best.drawing, levels=moved(best.drawing.levels, place, share))
+                best = min(best, bench.trial(other), key=_error)
+    return best
+
+
+def moved(levels: tuple[float, ...], place: int, share: float) -> tuple[float, ...]:
+    """The levels, one of them moved by a share of the way to its next neighbour (share > 0) or the one before."""
+    before = levels[place] - levels[place - 1]
+    after = levels[place + 1] - levels[place] if place + 1 < len(levels) else before
+    return (*levels[:place], levels[place] + share * (after if share > 0 else before), *levels[place + 1 :])
+
+
+def trials(samplers: Sequence[str], counts: Iterable[int]) -> int:
+    """How many trials `searched` makes for all counts."""
+    of_samplers = len(samplers) * (1 + len(DISCOUNTS))
+    return sum(of_samplers + ROUNDS * count * len(SHIFTS) for count in counts)
+
+
+def _error(trial: Trial) -> float:
+    return trial.error
