@@ -139,8 +139,7 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
     pictures, tmp_path, monkeypatch, capsys, large, minutes, said, measured
 ):
     """It is compiled only if that may help, and measured as it will be: with dropout, for so few pictures."""
-    from snowmelt import device
-    from snowmelt.training import session
+    from snowmelt.training import fitting, session
 
     seen = []
 
@@ -151,8 +150,8 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return session.Measured("fp32", 1, large if wide else 20_000.0, "channels_last", compile=True, record=True)
 
-    monkeypatch.setattr(session, "measure", measure)
-    monkeypatch.setattr(device, "is_gpu", lambda _device: True)
+    monkeypatch.setattr(fitting, "measure", measure)
+    monkeypatch.setattr(fitting, "is_gpu", lambda _device: True)
     assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", f"{minutes}m", "--plan"]) == 0
     words = " ".join(capsys.readouterr().err.split())
     assert said in words and "fp32, channels_last, compiled, recorded, 1 CPU threads" in words
@@ -162,11 +161,10 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
 @pytest.mark.parametrize(("speed", "batch", "rate"), [(20_000.0, 256, 3e-3), (1000.0, 128, 3e-3), (300.0, 32, 6e-3)])
 def test_a_slow_gpu_takes_smaller_batches(pictures, tmp_path, monkeypatch, capsys, speed, batch, rate):
     """Thirty seconds, by images/s: enough updates are left, as on a CPU."""
-    from snowmelt import device
-    from snowmelt.training import session
+    from snowmelt.training import fitting, session
 
-    monkeypatch.setattr(session, "measure", lambda _config, **_given: session.Measured("fp32", 1, speed))
-    monkeypatch.setattr(device, "is_gpu", lambda _device: True)
+    monkeypatch.setattr(fitting, "measure", lambda _config, **_given: session.Measured("fp32", 1, speed))
+    monkeypatch.setattr(fitting, "is_gpu", lambda _device: True)
     assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", "30s", "--plan"]) == 0
     words = " ".join(capsys.readouterr().err.split())
     assert f" of {batch} images" in words and f"{rate:g} by muon" in words

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,17 +56,39 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomic(path: Path, data: bytes | str, *, settle: bool = True) -> None:
-    """Replace a file in one instant: temporary name, fsync, rename.
-
-    Args:
-        settle: make the name durable too; else whoever writes many files does so once, by `sync_directory`.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace a file in one instant: temporary name, fsync, rename."""
+    temporary = _temporary(path)
     try:
         write_synced(temporary, data.encode() if isinstance(data, str) else data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if settle:
-        sync_directory(path.parent)
+    sync_directory(path.parent)
+
+
+def write_together(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Replace files of one folder, by name, each in one instant; the disk is waited for once for all of them.
+
+    Waiting for every file by itself takes two thirds of the time of writing small ones (docs/recipe.md).
+    """
+    paths = {folder / name: data for name, data in files.items()}
+    try:
+        for path, data in paths.items():
+            if hasattr(os, "sync"):
+                _temporary(path).write_bytes(data)
+            else:
+                write_synced(_temporary(path), data)
+        if hasattr(os, "sync"):
+            os.sync()
+        for path in paths:
+            _temporary(path).replace(path)
+    finally:
+        for path in paths:
+            _temporary(path).unlink(missing_ok=True)
+    sync_directory(folder)
+    return list(paths)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

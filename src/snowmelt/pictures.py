@@ -32,9 +32,9 @@ def png_of(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(path: Path, image: Image.Image, *, settle: bool = True) -> Path:
-    """Write a PNG in one instant; `settle` as for `write_atomic`."""
-    write_atomic(path, png_of(image), settle=settle)
+def save_png(path: Path, image: Image.Image) -> Path:
+    """Write a PNG in one instant."""
+    write_atomic(path, png_of(image))
     return path
 
 

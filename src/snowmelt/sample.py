@@ -14,7 +14,7 @@ import tyro
 
 from snowmelt import __version__
 from snowmelt.errors import UserError, choose
-from snowmelt.files import make_folder, sync_directory, write_atomic
+from snowmelt.files import make_folder, write_together
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
@@ -209,19 +209,16 @@ def _drawn(
 def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
     """One PNG and one JSON for each picture."""
     from snowmelt.data.pixels import to_pixels
-    from snowmelt.pictures import picture, save_png
+    from snowmelt.pictures import picture, png_of
 
-    files: list[Path] = []
+    files: dict[str, bytes] = {}
     for one, pixels in zip(group, to_pixels(images), strict=True):
         name = None if one.label is None else facts["classes"][one.label]
         note = {key: value for key, value in facts.items() if key not in ("classes", "drawing")} | facts["drawing"]
         note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(facts, one, name)}
-        path = out / f"{one.stem}.png"
-        save_png(path, picture(pixels), settle=False)
-        write_atomic(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False), settle=False)
-        files += [path, path.with_suffix(".json")]
-    sync_directory(out)
-    return files
+        files[f"{one.stem}.png"] = png_of(picture(pixels))
+        files[f"{one.stem}.json"] = json.dumps(note, indent=1, ensure_ascii=False).encode()
+    return write_together(out, files)
 
 
 def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 import tomllib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,17 +17,15 @@ import tyro
 from snowmelt import __version__
 from snowmelt.config import FAMILIES, Config, DataConfig, config_tables
 from snowmelt.errors import UserError, choose, nearest
-from snowmelt.presets import DEFAULT_SECONDS, LEAST_PLENTIFUL, check_length, check_size, facts_of, preset
+from snowmelt.presets import DEFAULT_SECONDS, check_length, check_size, facts_of, preset
 from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from snowmelt.data.prepared import Prepared
     from snowmelt.run import Run
-    from snowmelt.training.session import Measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +90,6 @@ class TrainOptions:
     """Say what would be done with these pictures on this machine, and stop."""
 
 
-LOOKED = 400
-"""Steps that a run by time must have room for before some are spent on trying whether another layout is faster."""
-HOPED = 4
-"""How many times faster a compiled network is at most: one that would be too slow even then is not compiled."""
 PROCESS_OPTIONS = ("out", "resume", "device", "workers", "save_every", "plan")
 """What may differ when a command continues a run."""
 DATA_OPTIONS = ("size", "color", "background", "fit", "classes")
@@ -301,88 +294,14 @@ def _settled(
     """
     from snowmelt.data.prepared import is_prepared, open_prepared
     from snowmelt.device import pick_device
+    from snowmelt.training.fitting import fitted
 
     source = Path(str(options.source))
     data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options, say)
-    config = resolve(facts_of(data), options, overrides)
-    check_size(config)
-    return _fitted(config, data, pick_device(options.device), options, overrides, log)
-
-
-def _fitted(
-    config: Config,
-    data: Prepared,
-    device: torch.device,
-    options: TrainOptions,
-    overrides: dict[str, dict[str, Any]],
-    log: Log,
-) -> tuple[Config, float | None]:
-    """`config` fitted to the device: see `_settled`. What a measurement changes is measured again."""
-    from snowmelt.device import is_gpu
-    from snowmelt.training.session import measure
-
-    given, seconds = overrides["training"], config.training.seconds
+    choice, given = partial(resolve, facts_of(data), options, overrides), overrides["training"]
+    check_size(choice())
     asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
-    again = partial(measure, data=data, device=device, log=log, given=given)
-    ask = partial(again, asked=asked, threads=given.get("threads"))
-    choice = partial(resolve, facts_of(data), options, overrides)
-    if seconds is None:
-        measured = ask(config)
-        return measured.settled(config), measured.images_per_second
-    gpu = is_gpu(device)
-    if gpu and (found := _larger(choice, again, ask, seconds, log)) is not None:
-        return found
-    # On a CPU small batches are nearly as fast as large ones, and take a short run less time to try.
-    config = choice(gpu=True) if gpu else choice(images=0)
-    measured = ask(config, thorough=False)
-    assert measured.images_per_second is not None, "a run by time is measured"
-    # How fast it is as it is decides the batch; then it is asked what makes that faster.
-    speed = measured.images_per_second
-    chosen = choice(images=int(seconds * speed), gpu=gpu)
-    batch = chosen.training.batch
-    thorough = gpu or LOOKED * batch / speed <= seconds
-    if thorough or batch != config.training.batch:
-        measured = again(chosen, asked=measured.precision, threads=measured.threads, thorough=thorough)
-    return measured.settled(chosen), measured.images_per_second
-
-
-def _larger(
-    choice: Callable[..., Config],
-    again: Callable[..., Measured],
-    ask: Callable[..., Measured],
-    seconds: float,
-    log: Log,
-) -> tuple[Config, float | None] | None:
-    """The larger network of a GPU, where there is one that it has memory and time for.
-
-    Measuring it takes some of that time: what is said of the images is of the rest.
-    """
-    from snowmelt.device import LEAST_COMPILED, reason_of
-
-    end, config = time.monotonic() + seconds, choice(gpu=True, large=True)
-    if config.architecture == choice(gpu=True).architecture or seconds < LEAST_COMPILED:
-        return None
-
-    def images_of(measured: Measured) -> int:
-        return int((end - time.monotonic()) * (measured.images_per_second or 0.0))
-
-    try:
-        measured = ask(config, thorough=False)
-        if HOPED * images_of(measured) >= LEAST_PLENTIFUL:
-            measured = again(config, asked=measured.precision, threads=measured.threads)
-        images = images_of(measured)
-        if images >= LEAST_PLENTIFUL:
-            log(f"Network: a larger one, which sees {images:,} images.")
-            chosen = choice(images=images, gpu=True, large=True)
-            if chosen != config:
-                measured = again(chosen, asked=measured.precision, threads=measured.threads)
-            return measured.settled(chosen), measured.images_per_second
-        reason = f"a larger one would see {images:,} images"
-    except RuntimeError as error:
-        # Of memory, mostly.
-        reason = f"a larger one cannot be trained: {reason_of(error)}"
-    log(f"Network: the usual one ({reason}).")
-    return None
+    return fitted(choice, data, pick_device(options.device), asked=asked, given=given, log=log)
 
 
 def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,100 @@
+"""A configuration fitted to a machine: a few steps are timed, and from the images that fit in follows the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from snowmelt.config import Config
+from snowmelt.data.prepared import Prepared
+from snowmelt.device import LEAST_COMPILED, is_gpu, reason_of
+from snowmelt.presets import LEAST_PLENTIFUL
+from snowmelt.training.session import Measured, measure
+
+LOOKED = 400
+"""Steps that a run by time must have room for before some are spent on trying whether another layout is faster."""
+HOPED = 4
+"""How many times faster a compiled network is at most: one that would be too slow even then is not compiled."""
+
+
+def fitted(
+    choice: Callable[..., Config],
+    data: Prepared,
+    device: torch.device,
+    *,
+    asked: str,
+    given: Mapping[str, Any],
+    log: Callable[[str], object],
+) -> tuple[Config, float | None]:
+    """What is to be trained on this device, and how many images a second that is, where it was measured.
+
+    What a measurement changes is measured again.
+
+    Args:
+        choice: the configuration, of what it should be told: `images`, `gpu` and `large` of `snowmelt.presets.preset`.
+        asked: the precision; "auto" for the faster one.
+        given: what the person has set of [training].
+    """
+    config = choice()
+    seconds = config.training.seconds
+    again = partial(measure, data=data, device=device, log=log, given=given)
+    ask = partial(again, asked=asked, threads=given.get("threads"))
+    if seconds is None:
+        measured = ask(config)
+        return measured.settled(config), measured.images_per_second
+    gpu = is_gpu(device)
+    if gpu and (found := _larger(choice, again, ask, seconds, log)) is not None:
+        return found
+    # On a CPU small batches are nearly as fast as large ones, and take a short run less time to try.
+    config = choice(gpu=True) if gpu else choice(images=0)
+    measured = ask(config, thorough=False)
+    assert measured.images_per_second is not None, "a run by time is measured"
+    # How fast it is as it is decides the batch; then it is asked what makes that faster.
+    speed = measured.images_per_second
+    chosen = choice(images=int(seconds * speed), gpu=gpu)
+    batch = chosen.training.batch
+    thorough = gpu or LOOKED * batch / speed <= seconds
+    if thorough or batch != config.training.batch:
+        measured = again(chosen, asked=measured.precision, threads=measured.threads, thorough=thorough)
+    return measured.settled(chosen), measured.images_per_second
+
+
+def _larger(
+    choice: Callable[..., Config],
+    again: Callable[..., Measured],
+    ask: Callable[..., Measured],
+    seconds: float,
+    log: Callable[[str], object],
+) -> tuple[Config, float | None] | None:
+    """The larger network of a GPU, where there is one that it has memory and time for.
+
+    Measuring it takes some of that time: what is said of the images is of the rest.
+    """
+    end, config = time.monotonic() + seconds, choice(gpu=True, large=True)
+    if config.architecture == choice(gpu=True).architecture or seconds < LEAST_COMPILED:
+        return None
+
+    def images_of(measured: Measured) -> int:
+        return int((end - time.monotonic()) * (measured.images_per_second or 0.0))
+
+    try:
+        measured = ask(config, thorough=False)
+        if HOPED * images_of(measured) >= LEAST_PLENTIFUL:
+            measured = again(config, asked=measured.precision, threads=measured.threads)
+        images = images_of(measured)
+        if images >= LEAST_PLENTIFUL:
+            log(f"Network: a larger one, which sees {images:,} images.")
+            chosen = choice(images=images, gpu=True, large=True)
+            if chosen != config:
+                measured = again(chosen, asked=measured.precision, threads=measured.threads)
+            return measured.settled(chosen), measured.images_per_second
+        reason = f"a larger one would see {images:,} images"
+    except RuntimeError as error:
+        # Of memory, mostly.
+        reason = f"a larger one cannot be trained: {reason_of(error)}"
+    log(f"Network: the usual one ({reason}).")
+    return None
