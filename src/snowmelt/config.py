@@ -161,8 +161,14 @@ class DiffusionConfig:
     """"learned": the network also learns the variance of DDPM's steps, for each pixel."""
     label_dropout: float = 0.1
     """Share of training labels hidden from the network, so that it also learns to draw without a class."""
+    augment: float = 0.0
+    """Probability of each change to training pictures, of which the network is told, so that it draws none; 0: none."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.augment < 1:
+            raise UserError(
+                f"diffusion.augment is {self.augment}; give a probability from 0 to less than 1, such as 0.15."
+            )
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"diffusion.label_dropout is {self.label_dropout}; give a share from 0 to 1.")
         _require("diffusion", self, ("shift",), above=0)

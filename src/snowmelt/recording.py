@@ -78,16 +78,20 @@ class Recorded:
         self.replay: Callable[..., Any] | None = None
 
     def __call__(self, *given: Tensor | None) -> Any:
-        """What `forward` says; None stands for what was left away."""
+        """What `forward` says; None, which stands for what was left away, is at the same places every time."""
         tensors = tuple(one for one in given if one is not None)
         if self.replay is None:
-            self.replay = self._record(tensors)
+            self.replay = self._record(tensors, [one is None for one in given])
         return self.replay(*tensors)
 
-    def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Any]:
+    def _record(self, given: tuple[Tensor, ...], gaps: list[bool]) -> Callable[..., Any]:
+        def forward(*tensors: Tensor) -> Any:
+            rest = iter(tensors)
+            return self.forward(*(None if gap else next(rest) for gap in gaps))
+
         # torch records a module by its `forward`, and puts the replaying one in its place. It is called to warm up;
         # dropout is to draw afterwards what it would have drawn without.
-        ours, self.network.forward, seed = self.network.forward, self.forward, torch.initial_seed()
+        ours, self.network.forward, seed = self.network.forward, forward, torch.initial_seed()
         kind = given[0].device.type
         dtype, active = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         try:

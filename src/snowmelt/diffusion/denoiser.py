@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from snowmelt.diffusion.noise import alpha_sigma
 from snowmelt.diffusion.schedules import ddpm_time
 from snowmelt.errors import choose
-from snowmelt.shapes import Answers, Images, Labels
+from snowmelt.shapes import Answers, Features, Images, Labels
 
 Denoise: TypeAlias = Callable[[Images, Tensor], Images]
 """(x, log_snr) -> x0: a denoiser with its conditioning bound."""
@@ -91,10 +91,11 @@ class Denoiser(nn.Module):
         """The row at `log_snr`, shaped to multiply `like`."""
         return self.row(*alpha_sigma(log_snr, like), self.data_std)
 
-    def answer(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Answers:
-        """All that the backbone says about `x`."""
+    def answer(self, x: Images, log_snr: Tensor, cond: Labels | None = None, told: Features | None = None) -> Answers:
+        """All that the backbone says about `x`; where images were changed it is told how."""
         time = self.time_of(log_snr.float()).expand(x.shape[0])
-        return self.backbone(self.coefficients(log_snr, x).c_in * x, time, cond).to(x.dtype)
+        changed = () if told is None else (told,)
+        return self.backbone(self.coefficients(log_snr, x).c_in * x, time, cond, *changed).to(x.dtype)
 
     def network(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
         """F: the x-shaped part of it, before the row turns it into an image."""

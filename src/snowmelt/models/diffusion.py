@@ -38,9 +38,10 @@ from snowmelt.diffusion.walk import NoiseSource, Sampler, Step
 from snowmelt.errors import UserError, choose
 from snowmelt.models.base import Drawing, Model, Update, count_parameters
 from snowmelt.models.optimizer import Optimizer
+from snowmelt.models.warp import TOLD, warped
 from snowmelt.networks.layers import sinusoids
 from snowmelt.networks.unet import UNet
-from snowmelt.shapes import Answers, Grid, Images, Labels, Levels
+from snowmelt.shapes import Answers, Features, Grid, Images, Labels, Levels
 
 HELD_OUT_LEVELS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 """Log-SNRs at which the held-out error is measured, from nearly all noise to nearly clean."""
@@ -119,7 +120,8 @@ class DiffusionModel(Model):
         self.sampled_on = schedule_of(dataclasses.replace(diffusion, schedule=sampled_on))
         """The schedule that sampling takes its levels from, when no other is asked for."""
         out = data.channels * (2 if diffusion.variance == "learned" else 1)
-        backbone = UNet(config.network, channels=data.channels, classes=len(data.classes), out=out)
+        told = TOLD if diffusion.augment else 0
+        backbone = UNet(config.network, channels=data.channels, classes=len(data.classes), out=out, told=told)
         betas = diffusion.betas or ddpm_betas()
         self.denoiser = Denoiser(backbone, diffusion.predicts, data.std, time_of=partial(table_time, betas=betas))
         self.uncertainty = Uncertainty() if diffusion.weight == "learned" else Certain()
@@ -235,14 +237,16 @@ class DiffusionLearner:
         self.model.train()
         # Dropout draws from torch's global generator; it too must be a function of (seed, step).
         torch.manual_seed(rng.initial_seed())
-        images, labels = batch
+        (images, labels), told = batch, None
+        if self.config.diffusion.augment:
+            images, told = warped(images, self.config.diffusion.augment, rng)
         drawn = self.levels.draw(len(images), rng)
         noise = torch.randn(images.shape, generator=rng, device=images.device)
         if labels is not None:
             hidden = torch.rand(len(labels), generator=rng, device=labels.device) < self.config.diffusion.label_dropout
             labels = labels.masked_fill(hidden, len(self.config.data.classes))
         with self.model.precision.autocast():
-            losses, variance = self._losses(images, labels, drawn, noise)
+            losses, variance = self._losses(images, labels, drawn, noise, told)
         losses, doubt = losses.float(), self.model.uncertainty(drawn.log_snr)
         loss = (drawn.correction * (losses / doubt.exp() + doubt + variance)).mean()
         value = (drawn.correction * losses).mean().detach()
@@ -257,11 +261,13 @@ class DiffusionLearner:
             self.levels.observe(drawn, losses)
         return Update({"loss": value}, finite)
 
-    def _losses(self, x0: Images, labels: Labels | None, drawn: Drawn, noise: Images) -> tuple[Levels, Levels]:
+    def _losses(
+        self, x0: Images, labels: Labels | None, drawn: Drawn, noise: Images, told: Features | None
+    ) -> tuple[Levels, Levels]:
         """Of each picture: the denoising loss, and that of the variance."""
         denoiser, log_snr = self.model.denoiser, drawn.log_snr
         x = add_noise(x0, noise, log_snr)
-        answer = denoiser.answer(x, log_snr, labels)
+        answer = denoiser.answer(x, log_snr, labels, told)
         losses = denoising_losses(denoiser, x0, drawn, x, answer, weight=self.weight)
         variance = (
             variance_losses(denoiser, x0, log_snr, x, answer) if self.learns_variance else torch.zeros_like(losses)

@@ -25,7 +25,7 @@ from snowmelt.networks.layers import (
     join,
     sinusoids,
 )
-from snowmelt.shapes import Answers, Images, Labels, Levels
+from snowmelt.shapes import Answers, Features, Images, Labels, Levels
 
 
 class DownBlock(nn.Module):
@@ -96,9 +96,12 @@ class UNet(nn.Module):
         channels: of the images.
         classes: how many; 0 for none. The label `classes` stands for "no class".
         out: channels of the answer; those of the images when not given.
+        told: numbers that say how images were changed; 0 for none.
     """
 
-    def __init__(self, config: UNetConfig, *, channels: int, classes: int, out: int | None = None) -> None:
+    def __init__(
+        self, config: UNetConfig, *, channels: int, classes: int, out: int | None = None, told: int = 0
+    ) -> None:
         super().__init__()
         self.patch, self.classes = config.patch, classes
         widths, pixels = config.channels, channels * config.patch**2
@@ -106,6 +109,7 @@ class UNet(nn.Module):
         self.waves = partial(sinusoids, width=widths[0], shift=config.frequency_shift, sines_first=config.sines_first)
         self.time_embedding = TimeEmbedding(widths[0], embedding)
         self.class_embedding = nn.Embedding(classes + 1, embedding) if classes else None
+        self.told_embedding = _silent(nn.Linear(told, embedding, bias=False)) if told else None
         self.conv_in = nn.Conv2d(pixels, widths[0], 3, padding=1)
         self.down_blocks, bridges = self._down(config)
         self.mid_block = MidBlock(widths[-1], config=config)
@@ -138,18 +142,22 @@ class UNet(nn.Module):
             before = width
         return blocks
 
-    def forward(self, x: Images, time: Levels, cond: Labels | None = None) -> Answers:
+    def forward(self, x: Images, time: Levels, cond: Labels | None = None, told: Features | None = None) -> Answers:
         """An image-shaped answer.
 
         Args:
             time: (batch,) DDPM steps, 0..999.
             cond: (batch,) labels; None means "no class" for all, and is all that a network without classes takes.
+            told: (batch, told) how the images were changed; None for not at all.
         """
         assert cond is None or self.classes, "a network without classes was given labels"
         embedding = self.time_embedding(self.waves(time).to(x.dtype))
         if self.class_embedding is not None:
             labels = torch.full_like(time, self.classes, dtype=torch.long) if cond is None else cond
             embedding = embedding + self.class_embedding(labels)
+        if told is not None:
+            assert self.told_embedding is not None, "a network that knows of no changes was told of some"
+            embedding = embedding + self.told_embedding(told.to(x.dtype))
         maps = [self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)]
         for down in self.down_blocks:
             maps += down(maps[-1], embedding)
@@ -158,6 +166,12 @@ class UNet(nn.Module):
             hidden = up(hidden, maps, embedding)
         out = self.conv_out(self.conv_norm_out(hidden))
         return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
+
+
+def _silent(layer: nn.Linear) -> nn.Linear:
+    """A layer that says nothing before it has learned."""
+    nn.init.zeros_(layer.weight)
+    return layer
 
 
 def _resnet(config: UNetConfig) -> partial[ResnetBlock]:
