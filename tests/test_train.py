@@ -247,7 +247,7 @@ def test_a_device_that_is_not_waited_for_trains_alike(pictures, small, tmp_path,
     """As on a GPU, which is asked only now and then whether updates were finite; the same run comes of it.
 
     Where a device is not waited for, a product is rounded before it is added to the weights: some 1e-7 each time, which
-    forty updates multiply by some hundred.
+    two dozen updates multiply by some hundred.
     """
     honest, init = DiffusionLearner.update, DiffusionLearner.__init__
     calls = dict.fromkeys(("waits", "lags"), 0)
@@ -259,12 +259,12 @@ def test_a_device_that_is_not_waited_for_trains_alike(pictures, small, tmp_path,
         return honest(self, batch, rng, learning_rate)
 
     monkeypatch.setattr(DiffusionLearner, "update", update)
-    assert start(pictures, tmp_path / "waits", small, "--steps", "40") == 0
+    assert start(pictures, tmp_path / "waits", small, "--steps", "24") == 0
     monkeypatch.setattr(
         DiffusionLearner, "__init__", lambda self, model: (init(self, model), setattr(self, "waits", 0))[0]
     )
-    assert start(pictures, tmp_path / "lags", small, "--steps", "40") == 0
-    assert calls["lags"] >= 40
+    assert start(pictures, tmp_path / "lags", small, "--steps", "24") == 0
+    assert calls["lags"] >= 24
     states, weights, lines = [], [], []
     for name in ("waits", "lags"):
         run = Run.open(tmp_path / name)
@@ -274,9 +274,9 @@ def test_a_device_that_is_not_waited_for_trains_alike(pictures, small, tmp_path,
         weights.append({part: checkpoint.load(newest, part) for part in ("weights", "average", "optimizer")})
         lines.append([(line["step"], line["loss"]) for line in run.metrics() if "loss" in line])
         assert ("Step 5 was skipped" in (run.path / "log.txt").read_text()) == bool(poisoned)
-    assert states[0] == states[1] == [40, 40 * 16, len(poisoned), rollbacks, 0]
+    assert states[0] == states[1] == [24, 24 * 16, len(poisoned), rollbacks, 0]
     (steps, losses), (others, other_losses) = (zip(*one, strict=True) for one in lines)
-    assert steps == others and len(steps) == 40 - (poisoned == (5,))
+    assert steps == others and len(steps) == 24 - (poisoned == (5,))
     assert losses == pytest.approx(other_losses, rel=1e-4)
     for part, tensors in weights[0].items():
         if (part, poisoned) != ("average", (5,)):  # there the weights count once more, where the CPU left them out

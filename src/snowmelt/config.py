@@ -153,7 +153,7 @@ class DiffusionConfig:
     """A table of betas in the place of `schedule`; the network is then told its step in this table."""
     shift: float = 1.0
     """Factor on sigma / alpha at every level: more noise for larger pictures."""
-    predicts: str = "v"
+    predicts: str = "velocity"
     levels: str = "stratified"
     """How training levels are drawn."""
     weight: str = "constant"
