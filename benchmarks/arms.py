@@ -125,7 +125,7 @@ def measured(learner: Learner, average: Average, data: Prepared, options: Option
         found: dict[str, Any] = {key: values.mean().item() for key, values in errors.items()}
         if options.model == "diffusion":  # |x0_hat - x0|^2 / sigma^2, so that arms that predict something else compare
             by_level = [found[f"error at log-SNR {level:+.0f}"] * (1 + math.exp(level)) for level in HELD_OUT_LEVELS]
-            found["held_out_loss"] = sum(by_level) / len(by_level)
+            found["error of v"] = sum(by_level) / len(by_level)
         if options.samples:
             parts: list[torch.Tensor] = []
             facts = learner.model.config.data  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ def show(found: dict[str, Any]) -> None:
     for name, row in found.items():
         table.add_row(
             name, f"{row['parameters'] / 1e6:.2f}", f"{row['updates']:,}", f"{row['images']:,}",
-            f"{row['images'] / row['seconds']:.1f}", f"{row['held_out_loss']:.4f}",
+            f"{row['images'] / row['seconds']:.1f}", f"{row.get('error of v', row['held_out_loss']):.4f}",
             *(f"{row[space]:.4g}" if row.get(space) is not None else "-" for space in spaces),
         )  # fmt: skip
     Console(width=150).print(table)

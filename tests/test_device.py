@@ -96,6 +96,20 @@ def test_training_is_recorded_once(monkeypatch):
     assert torch.equal(network(x), expected) and len(network.notes) == 3
 
 
+def test_what_is_left_away_before_a_tensor_is_left_away_when_replayed(monkeypatch):
+    class Told(Small):
+        def forward(self, x, scale=None, told=None, more=None):
+            assert scale is None and more is None
+            return self.inner(x + told)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    network, x, told = Told(), torch.ones(2, 3), torch.rand(2, 3)
+    expected = network(x, None, told)
+    speed_up(network, Precision(CPU, recorded=True), pytest.fail)
+    assert all(torch.equal(network(x, None, told, None), expected) for _ in range(2))
+    assert network.notes == [[2, False], [2, True], [2, True]]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_function_is_replayed_after_its_first_calls(monkeypatch, fails):
     """With a graph that calls, on tensors that pass for those of a GPU."""

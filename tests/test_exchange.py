@@ -151,6 +151,16 @@ def test_export_and_import_is_the_identity(tmp_path):
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*drawn, strict=True))
 
 
+def test_what_was_told_of_changes_stays_at_home(tmp_path):
+    """Pictures that are drawn are unchanged: elsewhere, and back here, the network draws the same without it."""
+    run = run_of(tmp_path / "run", augment=0.5)
+    back = imported(exported(run, tmp_path / "folder"), tmp_path / "back")
+    assert back.config.diffusion == dataclasses.replace(run.config.diffusion, augment=0.0)
+    before, after = average(run), average(back)
+    (left,) = before.keys() - after.keys()
+    assert left.endswith("told_embedding.weight") and all(torch.equal(before[name], after[name]) for name in after)
+
+
 NETWORKS = {
     "today's": TINY,
     "mixed heads": UNetConfig(channels=(8, 16), attention=(True, True), head_channels=16),

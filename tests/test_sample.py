@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -159,17 +160,38 @@ def test_the_mean_of_a_class_stands_for_one_answer(digits, tmp_path):
         )
     run = Run.open(digits)
     model, _ = run.load_model(Precision(torch.device("cpu")))
-    way = Drawing(sampler="ddim", steps=4, mean_first=True)
-    drawing.make_ready(run, model, way)
+    drawing.make_ready(run, model, Drawing(mean_first=True))
     asked: list[int] = []
     model.denoiser.backbone.register_forward_hook(lambda *_: asked.append(1))
-    first, *rest = model.sample(lambda _: torch.randn(2, 1, 8, 8), torch.tensor([3, 5]), way)
     data = run.open_pictures()
     threes = [row for row in data.train if data.labels[row] == 3]
     mean = np.asarray(data.images[threes], float).mean(0)[..., 0]
-    # Half a level, by rounding.
-    assert len(asked) == len(rest) == way.answers == 3
-    np.testing.assert_allclose((first.x0[0, 0].numpy() + 1) * 127.5, mean, atol=0.51)
+    # Also where levels begin at no whole number, and where a path comes back to where it began.
+    for way, times in (
+        (Drawing(sampler="ddim", steps=3), 3),
+        (Drawing(sampler="ddim", steps=3, schedule="linear"), 3),
+        (Drawing(sampler="dpmpp_2m_sde", levels=(-8.1, -2.0, 4.0)), 2),
+        (Drawing(sampler="restart", levels=(-1.5, 0.0, 2.0, 4.0)), 14),
+    ):
+        way = dataclasses.replace(way, mean_first=True)
+        asked.clear()
+        first, *_ = model.sample(lambda _: torch.randn(2, 1, 8, 8), torch.tensor([3, 5]), way)
+        # Half a level, by rounding.
+        np.testing.assert_allclose((first.x0[0, 0].numpy() + 1) * 127.5, mean, atol=0.51)
+        assert len(asked) == times and (way.sampler == "restart" or way.answers == times)
+
+
+def test_the_mean_of_mirrored_pictures_is_the_same_on_both_sides(digits, tmp_path, monkeypatch):
+    """As pictures are that were trained on; and a class of which the pictures say nothing is like all of them."""
+    run = Run.open(shutil.copytree(digits, tmp_path / "run"))
+    facts = dataclasses.replace(run.config.data, classes=("a", "b"), counts=(1, 1))
+    config = dataclasses.replace(run.config, data=facts, training=dataclasses.replace(run.config.training, flip=True))
+    data = dataclasses.replace(run.open_pictures(), classes=(), labels=None)
+    monkeypatch.setattr(Run, "open_pictures", lambda _run: data)
+    run = Run(run.path, config)
+    means = drawing.mean_images(run)
+    assert means.shape == (3, 1, 8, 8) and torch.equal(means, means.flip(3))
+    assert torch.equal(means[0], means[2]) and torch.equal(means[1], means[2])
 
 
 def test_unconditional_pictures_have_classes_as_often_as_the_data(digits, tmp_path):
@@ -200,7 +222,8 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--classes", "seven"], "There is no class 'seven'"),
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--count", "0"], "--count is 0; give at least 1"),
-        (["--steps", "1", "--mean-first"], "give --steps 2 or more"),
+        (["--levels", "1", "--mean-first"], "give another level"),
+        (["--guidance", "2", "--mean-first"], "--mean-first goes with neither"),
         (["--steps", "0"], "--steps is 0; give 1 to 100,000"),
         (["--first", "-1"], "--first is -1"),
         (["--unconditional", "--classes", "1"], "exclude each other"),

@@ -162,7 +162,8 @@ class DiffusionConfig:
     label_dropout: float = 0.1
     """Share of training labels hidden from the network, so that it also learns to draw without a class."""
     augment: float = 0.0
-    """Probability of each change to training pictures, of which the network is told, so that it draws none; 0: none."""
+    """Probability of each change to training pictures, half of which are mirrored then too; the network is told of all
+    changes, so that it draws none. 0: pictures stay as they are."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.augment < 1:

@@ -277,8 +277,9 @@ def _to_diffusers(folder: Path, model: DiffusionModel, options: ExportOptions) -
     data, diffusion = model.config.data, model.config.diffusion
     weights = model.denoiser.backbone.state_dict()
     data = dataclasses.replace(data, fingerprint="")
-    # Pictures that are drawn are unchanged, of which it says nothing.
+    # Pictures that are drawn are unchanged, of which the network need not be told.
     weights.pop("told_embedding.weight", None)
+    diffusion = dataclasses.replace(diffusion, augment=0.0)
     if data.classes and not options.keep_classes:
         label = len(data.classes) if options.class_name is None else data.classes.index(options.class_name)
         # The embeddings of level and class are added, so a class that never changes is part of the bias before it.

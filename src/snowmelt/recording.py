@@ -79,15 +79,18 @@ class Recorded:
 
     def __call__(self, *given: Tensor | None) -> Any:
         """What `forward` says; None, which stands for what was left away, is at the same places every time."""
+        places = [place for place, one in enumerate(given) if one is not None]
         tensors = tuple(one for one in given if one is not None)
         if self.replay is None:
-            self.replay = self._record(tensors, [one is None for one in given])
+            self.replay = self._record(tensors, places)
         return self.replay(*tensors)
 
-    def _record(self, given: tuple[Tensor, ...], gaps: list[bool]) -> Callable[..., Any]:
+    def _record(self, given: tuple[Tensor, ...], places: list[int]) -> Callable[..., Any]:
         def forward(*tensors: Tensor) -> Any:
-            rest = iter(tensors)
-            return self.forward(*(None if gap else next(rest) for gap in gaps))
+            filled: list[Tensor | None] = [None] * (places[-1] + 1)
+            for place, tensor in zip(places, tensors, strict=True):
+                filled[place] = tensor
+            return self.forward(*filled)
 
         # torch records a module by its `forward`, and puts the replaying one in its place. It is called to warm up;
         # dropout is to draw afterwards what it would have drawn without.

@@ -56,7 +56,7 @@ class SampleOptions:
     eta: float | None = None
     """How much fresh noise the steps of ddim, dpmpp_2m, ... draw: 0 none, 1 as much as ddpm."""
     steps: int | None = None
-    """Noise levels that are visited, 15 when not given; most samplers ask the network once at each."""
+    """Noise levels at which the network is asked, by most samplers once; 15 when not given."""
     schedule: str | None = None
     """Noise schedule that the levels are taken from; the one of the training when not given."""
     spacing: str | None = None
@@ -64,8 +64,8 @@ class SampleOptions:
     levels: tuple[float, ...] = ()
     """The levels themselves, as rising log-SNRs such as -8 -4 0 4 8, instead of --steps."""
     mean_first: bool = False
-    """Take the mean of the training pictures, or of the class, as the first answer: all that can be said of pure noise,
-    and one evaluation of the network less."""
+    """Begin with the mean of the training pictures, or of the class, which is all that can be said of pure noise: one
+    level more, at which the network is not asked."""
     variance: str | None = None
     """Of ddpm's fresh noise: posterior, forward, analytic (measured on the training pictures) or learned."""
     guidance: float = 1.0

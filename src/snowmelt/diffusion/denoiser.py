@@ -9,7 +9,6 @@ F* = (x0 - c_skip x) / c_out, which is the noise for "noise", alpha noise - sigm
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -111,13 +110,20 @@ class Denoiser(nn.Module):
         return self.image(x, log_snr, self.answer(x, log_snr, cond))
 
 
-def beginning_with(mean: Images, start: float, denoise: Denoise) -> Denoise:
-    """`denoise`, but at the level `start`, where a walk begins with nothing but noise, which says only what is usual.
+def beginning_with(mean: Images, denoise: Denoise) -> Denoise:
+    """`denoise` for one walk, but that its first answer is the mean of the pictures.
 
-    The expected picture is the mean of all pictures there, and the network need not be asked for it. (The analytical
-    first step of Dockhorn et al. 2022, arXiv:2210.05475, whose mean is 0.)
+    A walk begins with nothing but noise, which says nothing of the picture: the mean is all that can be expected, and
+    the network need not be asked for it. (The analytical first step of Dockhorn et al. 2022, arXiv:2210.05475, whose
+    mean is 0.)
     """
-    return lambda x, log_snr: mean.to(x).expand_as(x) if math.isclose(log_snr, start) else denoise(x, log_snr)
+    first = iter([mean])
+
+    def answer(x: Images, log_snr: Tensor) -> Images:
+        known = next(first, None)
+        return denoise(x, log_snr) if known is None else known.to(x).expand_as(x)
+
+    return answer
 
 
 def share(x: Images, answer: Answers) -> Images:

@@ -84,21 +84,26 @@ MEANS = "means.safetensors"
 
 
 def mean_images(run: Run) -> Images:
-    """The mean training picture of each class and, last, of all; kept in the run.
+    """What the training pictures of each class are like on average and, last, all of them; kept in the run.
 
     Raises:
         UserError: they were not kept, and the prepared pictures are gone.
     """
     facts, path = run.config.data, run.path / "evaluations" / MEANS
+    name = f"{facts.fingerprint}{' mirrored' if run.config.training.flip else ''}"
     shape = (len(facts.classes) + 1, facts.channels, facts.size, facts.size)
     try:
-        kept = load(path.read_bytes())["means"]
+        kept = load(path.read_bytes())[name]
         if kept.shape == shape and kept.isfinite().all():
             return kept
     except (OSError, KeyError, SafetensorError):
         pass
     means = to_images(torch.from_numpy(mean_pictures(run.open_pictures())))
-    write_atomic(run.folder("evaluations") / MEANS, save({"means": means}))
+    if run.config.training.flip:
+        means = (means + means.flip(3)) / 2
+    # A network with classes may be trained on pictures without.
+    means = means if len(means) == shape[0] else means[-1:].repeat(shape[0], 1, 1, 1)
+    write_atomic(run.folder("evaluations") / MEANS, save({name: means}))
     return means
 
 
@@ -175,6 +180,8 @@ def _tuned(run: Run, state: Path, steps: int) -> Drawing | None:
         check_drawing(found, classes=False)
         if known["weights"] != _weights(state) or found.answers != steps:
             return None
+        if mean_first:
+            mean_images(run)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError):
         return None
     return found

@@ -104,7 +104,9 @@ def _check_levels(drawing: Drawing) -> None:
     if not 1 <= drawing.steps <= MOST_STEPS:
         raise UserError(f"--steps is {drawing.steps}; give 1 to {MOST_STEPS:,}, such as 15.")
     if not drawing.answers:
-        raise UserError("--mean-first leaves nothing to draw of a single step; give --steps 2 or more.")
+        raise UserError("--mean-first leaves nothing to ask the network with one of --levels; give another level.")
+    if drawing.mean_first and (drawing.guidance != 1 or drawing.variance == "learned"):
+        raise UserError("--mean-first goes with neither --guidance nor a learned --variance; leave it away.")
     if drawing.levels:
         given_grid(drawing.levels)
         for name in ("schedule", "spacing"):

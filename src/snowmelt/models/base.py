@@ -29,7 +29,7 @@ class Drawing:
     eta: float | None = None
     """How much fresh noise its steps draw, from 0 (none) to 1 (as much as DDPM); none: as the sampler's name says."""
     steps: int = 15
-    """Levels that are visited; most samplers ask the network once at each."""
+    """Levels at which the network is asked, by most samplers once."""
     schedule: str | None = None
     """The schedule that the levels are taken from; none: the one of the training."""
     spacing: str | None = None
@@ -37,7 +37,7 @@ class Drawing:
     levels: tuple[float, ...] = ()
     """The levels themselves, as rising log-SNRs, in the place of all that."""
     mean_first: bool = False
-    """Whether the first answer is the mean of the pictures, or of the class, and the network is not asked for it."""
+    """Whether the answer at the first level, one more, is the mean of the pictures or of the class."""
     variance: str | None = None
     """A name of `VARIANCES`, or "analytic" or "learned": how much fresh noise DDPM's steps draw."""
     guidance: float = 1.0
@@ -62,11 +62,11 @@ class Drawing:
     @property
     def count(self) -> int:
         """Levels that are visited."""
-        return len(self.levels) or self.steps
+        return len(self.levels) or self.steps + self.mean_first
 
     @property
     def answers(self) -> int:
-        """How often most samplers ask the network."""
+        """How often most samplers ask the network: `steps`, or as many as the levels leave."""
         return self.count - self.mean_first
 
     def as_dict(self) -> dict[str, Any]:

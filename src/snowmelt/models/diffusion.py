@@ -168,7 +168,7 @@ class DiffusionModel(Model):
             return given_grid(drawing.levels)
         schedule = choose(SCHEDULES, drawing.schedule, "schedule") if drawing.schedule else self.sampled_on
         spacing = drawing.spacing or choose(SAMPLERS, drawing.sampler, "sampler").grid
-        return check_grid(choose(GRIDS, spacing, "grid")(schedule, drawing.steps))
+        return check_grid(choose(GRIDS, spacing, "grid")(schedule, drawing.count))
 
     def sampler(self, drawing: Drawing, plain: Asked) -> Sampler:
         """The sampler that `drawing` asks for; `plain` tells the variance where that is learned."""
@@ -186,11 +186,11 @@ class DiffusionModel(Model):
     def sample(self, noise: NoiseSource, labels: Labels | None, drawing: Drawing) -> Iterator[Step]:
         """From noise to pictures, a step at a time: see `Model`."""
         plain = self.bind(labels)
-        walk, grid = self.sampler(drawing, plain), self.grid(drawing)
+        walk = self.sampler(drawing, plain)
         denoise = self.guided(plain, labels, drawing)
         if drawing.mean_first:
-            denoise = beginning_with(self.mean_of(labels), grid[0].item(), denoise)
-        yield from quietly(walk(denoise, noise(0), grid, noise))
+            denoise = beginning_with(self.mean_of(labels), denoise)
+        yield from quietly(walk(denoise, noise(0), self.grid(drawing), noise))
 
     def mean_of(self, labels: Labels | None) -> Images:
         """The mean picture of each label, (batch, ...), or that of all, (1, ...)."""

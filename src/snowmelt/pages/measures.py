@@ -114,12 +114,14 @@ def drawing_words(drawing: Any) -> str:
     """How pictures were drawn; empty where that is not known, plain text."""
     if not isinstance(drawing, dict):
         return ""
-    said = ", ".join(
-        f"{len(value)} {name} from {value[0]:.1f} to {value[-1]:.1f}" if name == "levels" else f"{name} {value}"
-        for name, value in drawing.items()
-        if value not in (None, "", [])
-    )
+    said = ", ".join(_setting(name, value) for name, value in drawing.items() if value not in (None, "", [], False))
     return f"with {said}" if said else "in a single step"
+
+
+def _setting(name: str, value: Any) -> str:
+    if name == "levels":
+        return f"{len(value)} levels from {value[0]:.1f} to {value[-1]:.1f}"
+    return name.replace("_", " ") if value is True else f"{name} {value}"
 
 
 def learned_from(quality: dict[str, Any]) -> str:

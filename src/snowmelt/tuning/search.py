@@ -131,16 +131,16 @@ def usual_names() -> Iterator[str]:
     yield from dict.fromkeys((*USUAL, Drawing().sampler))
 
 
-def usual(bench: Bench, count: int) -> list[Drawing]:
-    """The usual levels of `usual_names`, in their order, at which the network is asked `count` times."""
-    grids = {name: bench.model.grid(Drawing(sampler=name, steps=count)).tolist() for name in usual_names()}
-    return [Drawing(sampler=name, levels=tuple(grid)) for name, grid in grids.items()]
+def at_usual_levels(bench: Bench, sampler: str, count: int, *, mean_first: bool) -> Drawing:
+    """With a sampler's usual levels, so that the network is asked `count` times."""
+    grid = bench.model.grid(Drawing(sampler=sampler, steps=count, mean_first=mean_first))
+    return Drawing(sampler=sampler, levels=tuple(grid.tolist()), mean_first=mean_first)
 
 
 def even(bench: Bench, count: int) -> list[Drawing]:
-    """`usual`, and the same with the mean as their first answer, which leaves them a level more."""
-    after = (dataclasses.replace(one, mean_first=True) for one in usual(bench, count + 1))
-    return [*usual(bench, count), *after]
+    """The samplers of `usual_names`, in their order, at their usual levels; then the same with the mean first."""
+    ways = [(name, mean_first) for mean_first in (False, True) for name in usual_names()]
+    return [at_usual_levels(bench, name, count, mean_first=mean_first) for name, mean_first in ways]
 
 
 def searched(bench: Bench, costs: dict[str, Costs], count: int) -> list[Drawing]:
@@ -165,9 +165,9 @@ def nearest(bench: Bench, costs: dict[str, Costs], count: int) -> Trial:
     """The levels, and the sampler, with which pictures are nearest to those of many steps."""
     tried: list[Trial] = []
     for name, cost in costs.items():
-        grid = bench.model.grid(Drawing(sampler=name, steps=count + 1)).tolist()
-        found = (levels_of(bench, cost, discount, count + 1) for discount in DISCOUNTS)
-        for levels in (tuple(grid), *found):
+        tried.append(bench.trial(at_usual_levels(bench, name, count, mean_first=True)))
+        for discount in DISCOUNTS:
+            levels = levels_of(bench, cost, discount, count + 1)
             tried.append(bench.trial(Drawing(sampler=name, levels=levels, mean_first=True)))
     best = min(tried, key=_error)
     for _ in range(ROUNDS):
