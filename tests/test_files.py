@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from snowmelt import files
 from snowmelt.files import write_together
 
+OLD = {str(number): b"old" for number in range(20)}
 
-def test_many_files_are_replaced_together(tmp_path):
+
+def found(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("platform", [files.sys.platform, "elsewhere"])
+def test_many_files_are_replaced_together(tmp_path, monkeypatch, platform):
+    """Where a file system cannot be waited for as a whole, every file is."""
+    honest, waited = os.fsync, []
+    monkeypatch.setattr(files.sys, "platform", platform)
+    monkeypatch.setattr(os, "fsync", lambda handle: (waited.append(handle), honest(handle))[1])
     (tmp_path / "7").write_bytes(b"old")
     contents = {str(number): os.urandom(number) for number in range(40)}
     assert write_together(tmp_path, contents) == [tmp_path / name for name in contents]
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents, "and nothing temporary"
+    assert found(tmp_path) == contents, "and nothing temporary"
+    assert len(waited) == (1 if platform == "linux" else 41), "the last one is for the names"
 
 
-def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch):
-    honest, old = files.write_synced, {str(number): b"old" for number in range(20)}
-    write_together(tmp_path, old)
+def test_a_full_disk_leaves_all_as_it_was(tmp_path, monkeypatch):
+    write_together(tmp_path, OLD)
+    honest = Path.write_bytes
 
-    def full(path, data):
-        if data == b"12":
-            path.write_bytes(data[:1])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        honest(path, data)
+    def full(path: Path, data: bytes) -> int:
+        if data != b"12":
+            return honest(path, data)
+        honest(path, data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "write_synced", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        write_together(tmp_path, {name: name.encode() for name in old})
-    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert found.keys() == old.keys() and found["12"] == b"old"
-    assert all(data in (b"old", name.encode()) for name, data in found.items())
+        write_together(tmp_path, {name: name.encode() for name in OLD})
+    monkeypatch.undo()
+    assert found(tmp_path) == OLD
+
+
+def test_what_the_disk_did_not_take_replaces_nothing(tmp_path, monkeypatch):
+    """A late error, which only waiting shows."""
+
+    class Library:
+        def __init__(self, *_given: object, **_named: object) -> None:
+            ctypes.set_errno(errno.EIO)
+
+        def syncfs(self, _handle: int) -> int:
+            return -1
+
+    write_together(tmp_path, OLD)
+    monkeypatch.setattr(files.sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_together(tmp_path, {name: name.encode() for name in OLD})
+    assert found(tmp_path) == OLD

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from snowmelt.errors import UserError
-
-WRITERS = 8
-"""Files that wait for the disk at the same time, where there are many."""
 
 
 @contextmanager
@@ -62,23 +60,44 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace a file in one instant: temporary name, fsync, rename."""
-    _replace(path, data.encode() if isinstance(data, str) else data)
+    temporary = _temporary(path)
+    try:
+        write_synced(temporary, data.encode() if isinstance(data, str) else data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
 def write_together(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Replace files of one folder, by name, each in one instant; they wait for the disk side by side."""
-    paths = {folder / name: data for name, data in files.items()}
-    with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(_replace, paths, paths.values()))
-    sync_directory(folder)
-    return list(paths)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace files of one folder, by name, each in one instant; the disk is waited for once for all of them."""
+    paths = [folder / name for name in files]
     try:
-        write_synced(temporary, data)
-        temporary.replace(path)
+        for path, data in zip(paths, files.values(), strict=True):
+            _temporary(path).write_bytes(data)
+        _settle(folder, map(_temporary, paths))
+        for path in paths:
+            _temporary(path).replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in paths:
+            _temporary(path).unlink(missing_ok=True)
+    sync_directory(folder)
+    return paths
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _settle(folder: Path, written: Iterable[Path]) -> None:
+    """Wait until the disk has files of a folder: by Linux's syncfs, which takes half of the time of fsync for each."""
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None) if sys.platform == "linux" else None
+    for path in [folder] if syncfs else written:
+        handle = os.open(path, os.O_RDONLY if syncfs else os.O_RDWR)
+        try:
+            if syncfs is None:
+                os.fsync(handle)
+            elif syncfs(handle):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+        finally:
+            os.close(handle)
