@@ -84,7 +84,7 @@ def test_a_learner_teaches_the_losses_as_they_are():
     config = Config(
         DataConfig(size=8, channels=1, std=0.6),
         network=UNetConfig(channels=(8, 8), attention=(False, False), head_channels=8),
-        diffusion=DiffusionConfig(levels="importance", weight="simple"),
+        diffusion=DiffusionConfig(levels="importance", weight="simple", predicts="v"),
     )
     learner = build_learner(config, Precision(torch.device("cpu")))
     levels = learner.levels
