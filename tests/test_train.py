@@ -18,7 +18,7 @@ from snowmelt.config import DataConfig
 from snowmelt.data.prepared import open_prepared
 from snowmelt.errors import UserError
 from snowmelt.models.diffusion import DiffusionLearner
-from snowmelt.presets import BRIEF_RATE, DROPOUT, OFTEN, SMALLEST_BATCH, facts_of, preset
+from snowmelt.presets import AUGMENT, BRIEF_RATE, DROPOUT, OFTEN, REPEATED, SMALLEST_BATCH, facts_of, preset
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, resolve, train
 from snowmelt.training import session
@@ -104,11 +104,21 @@ def test_short_times_have_small_batches_unless_asked(small):
     assert resolve(data, options, {}, images=2_000).training.batch == SMALLEST_BATCH
 
 
+def test_pictures_that_are_seen_again_and_again_are_changed():
+    """Where a run sees each of them 300 times; not where nobody knows how often, or where somebody says otherwise."""
+    data = DataConfig(32, 3, pictures=1000)
+    seen = (None, REPEATED * 1000 - 1, REPEATED * 1000)
+    assert [preset(data, "diffusion", images=images).diffusion.augment for images in seen] == [0, 0, AUGMENT]
+    asked = {"training": {}, "diffusion": {"augment": 0.0}}
+    options = TrainOptions("pictures", duration="60s")
+    assert resolve(data, options, asked, images=10**9).diffusion.augment == 0
+
+
 def test_only_a_gpu_with_time_has_a_larger_network():
     """A CPU keeps the network that was measured, however long it trains; a GPU takes larger batches at least."""
     data = DataConfig(32, 3, pictures=50_000)
     usual = preset(data, "diffusion", images=10**6)
-    assert all(preset(data, "diffusion", images=images) == usual for images in (5 * 10**6, 10**9))
+    assert all(preset(data, "diffusion", images=images).network == usual.network for images in (5 * 10**6, 10**9))
     quick = preset(data, "diffusion", gpu=True)
     assert quick.network == usual.network and quick.training.batch == 4 * usual.training.batch
     large = preset(data, "diffusion", gpu=True, large=True)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from snowmelt.config import Config, DataConfig, GANConfig, TrainingConfig, UNetConfig, VAEConfig
+from snowmelt.config import Config, DataConfig, DiffusionConfig, GANConfig, TrainingConfig, UNetConfig, VAEConfig
 from snowmelt.errors import UserError, choose
 from snowmelt.terminal import seconds_of
 
@@ -41,6 +41,9 @@ PLENTIFUL: tuple[tuple[int, UNetConfig, TrainingConfig], ...] = (
 
 LEAST_PLENTIFUL = 1_000_000
 """Images that such a network must see in the time, by measurement; else the smaller one is better."""
+
+REPEATED, AUGMENT = 300, 0.15
+"""How often each picture must be seen to be changed, lest it be learned by heart; and how (docs/recipe.md)."""
 
 OFTEN, DROPOUT = 500, 0.1
 """How often such a network must see each picture to be trained with dropout, which slows learning at first."""
@@ -203,7 +206,9 @@ def preset(
         network, training = larger
         if images is not None and images >= OFTEN * data.pictures > 0:
             network = dataclasses.replace(network, dropout=DROPOUT)
-    return Config(data, model, network, vae=vae_for(data), gan=gan_for(data), training=training)
+    repeated = images is not None and images >= REPEATED * data.pictures > 0
+    diffusion = DiffusionConfig(augment=AUGMENT if repeated else 0.0)
+    return Config(data, model, network, diffusion, vae=vae_for(data), gan=gan_for(data), training=training)
 
 
 def drawn_at_once(config: Config) -> int:

@@ -65,6 +65,9 @@ class TrainOptions:
     """Weight of the loss by noise level: constant, simple, bound, min_snr, edm, sigmoid, p2 or learned."""
     variance: str | None = None
     """fixed, or learned: the network also learns the variance of DDPM's steps."""
+    augment: float | None = None
+    """Probability of each change to the training pictures (moved, turned, ...), which the network is told, so that it
+    draws none; 0 for none. Chosen by how often each picture is going to be seen when not given."""
     batch: int | None = None
     """Pictures in each step."""
     optimizer: str | None = None
@@ -320,7 +323,7 @@ def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
             raise UserError(f"--config {options.config}: {name!r} must be a section, [{name}].")
     given = {
         "diffusion": {
-            name: getattr(options, name) for name in ("schedule", "predicts", "levels", "weight", "variance")
+            name: getattr(options, name) for name in ("schedule", "predicts", "levels", "weight", "variance", "augment")
         },
         "training": {
             "batch": options.batch,
