@@ -69,6 +69,8 @@ class Options:
     images: int | None = None
     seeds: tuple[int, ...] = (0,)
     held_out: int = 600
+    pictures: int | None = None
+    """Train on so many of the pictures, taken by chance, and hold out all the others."""
     samples: int = 0
     threads: int = 0
     """All cores when not given."""
@@ -84,6 +86,17 @@ def configured(arm: str, data: Prepared, options: Options) -> Config:
         section, _, key = name.partition(".")
         tables[section][key] = tomllib.loads(f"value = {value}")["value"]
     return from_table(Config, tables, arm)
+
+
+def opened(options: Options) -> Prepared:
+    """The pictures; where only some are to be trained on, a dataset of its own as far as encoders are concerned."""
+    data = open_prepared(options.data)
+    if options.pictures is None:
+        return data
+    rows = np.random.default_rng(0).permutation(len(data.images))
+    train, held_out = np.sort(rows[: options.pictures]), np.sort(rows[options.pictures :])
+    fingerprint = f"{data.fingerprint[:40]}{options.pictures:024d}"
+    return dataclasses.replace(data, train=train, held_out=held_out, fingerprint=fingerprint)
 
 
 def precision() -> Precision:
@@ -149,12 +162,13 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads or cores())
     keep_memory()
-    data, file = open_prepared(options.data), options.out / "found.json"
+    data, file = opened(options), options.out / "found.json"
     budget = f"{options.images} images" if options.images is not None else f"{options.seconds:g} s"
     for seed in options.seeds:
         for arm in options.arms:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            name = f"{options.data}, {budget}, seed {seed}: {options.model} {arm or 'preset'}"
+            some = "" if options.pictures is None else f"{options.pictures} pictures, "
+            name = f"{options.data}, {some}{budget}, seed {seed}: {options.model} {arm or 'preset'}"
             if name not in found:
                 learner, average, about = trained(configured(arm, data, options), data, options, seed)
                 row = about | measured(learner, average, data, options, f"{len(found):03d}")
