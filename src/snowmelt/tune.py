@@ -80,7 +80,10 @@ def tune(options: TuneOptions) -> Path:
         bench = Bench(model, parts, lambda: progress.advance(trying))
         costs = costs_of(found, options.samplers)
         spaced = {count: even(bench, count) for count in options.counts}
-        candidates = {count: [*spaced[count], *searched(bench, costs, count)] for count in options.counts}
+        # What both suggest is judged once.
+        candidates = {
+            count: list(dict.fromkeys((*spaced[count], *searched(bench, costs, count)))) for count in options.counts
+        }
         progress.update(judging, total=sum(len(these) + 2 * MOVED for these in candidates.values()))
         progress.start_task(judging)
         judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}

@@ -160,9 +160,7 @@ def mean_pictures(data: Prepared) -> np.ndarray:
     """uint8 (classes + 1, height, width, channels): the mean training picture of each class and, last, of all."""
     sums = np.zeros((len(data.classes) + 1, *data.images.shape[1:]), np.int64)
     counts = np.zeros(len(sums), np.int64)
-    step = max(1, _CHUNK_BYTES // int(data.images[0].nbytes))
-    for start in range(0, len(data.train), step):
-        rows = data.train[start : start + step]
+    for rows in _some_rows(data.images, data.train):
         pictures, labels = data.images[rows], None if data.labels is None else data.labels[rows]
         for label in range(len(sums)):
             some = pictures if label == len(data.classes) else pictures[labels == label]
@@ -217,13 +215,18 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _some_rows(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows in pieces, of about 16 MB of pictures each."""
+    step = max(1, _CHUNK_BYTES // int(images[0].nbytes))
+    return (rows[start : start + step] for start in range(0, len(rows), step))
+
+
 def _moments(images: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation in [-1, 1] units, in whole numbers until the end: the order cannot matter."""
     first = second = 0
     total = len(rows) * int(images[0].size)
-    step = max(1, _CHUNK_BYTES // int(images[0].nbytes))
-    for start in range(0, len(rows), step):
-        values = images[rows[start : start + step]]
+    for some in _some_rows(images, rows):
+        values = images[some]
         first += int(values.sum(dtype=np.int64))
         second += int(np.square(values, dtype=np.uint16).sum(dtype=np.int64))
     variance = (second * total - first * first) / (total * total)

@@ -32,17 +32,20 @@ def warped(images: Images, probability: float, rng: torch.Generator) -> tuple[Im
     """
     count, device = len(images), images.device
 
-    def draws(kind: str) -> Tensor:
-        return getattr(torch, kind)(count, generator=rng, device=device)
+    def even() -> Tensor:
+        return torch.rand(count, generator=rng, device=device)
+
+    def normal() -> Tensor:
+        return torch.randn(count, generator=rng, device=device)
 
     def some(share: float) -> Tensor:
-        return (draws("rand") < share).float()
+        return (even() < share).float()
 
     mirrored = some(0.5)
-    size = SIZE * draws("randn") * some(probability)
-    turn = (2 * draws("rand") - 1) * math.pi * some(probability)
-    along, stretch = draws("rand") * math.pi, STRETCH * draws("randn") * some(probability)
-    moves = MOVE * torch.stack([draws("randn"), draws("randn")]) * some(probability)
+    size = SIZE * normal() * some(probability)
+    turn = (2 * even() - 1) * math.pi * some(probability)
+    along, stretch = even() * math.pi, STRETCH * normal() * some(probability)
+    moves = MOVE * torch.stack([normal(), normal()]) * some(probability)
     # From the places of the changed picture back to those of the picture, in [-1, 1].
     matrix = rotation(-along) @ diagonal(-stretch, stretch) @ rotation(along) @ rotation(-turn) @ diagonal(-size, -size)
     matrix = torch.stack([1 - 2 * mirrored, torch.ones_like(mirrored)], 1)[:, :, None] * matrix

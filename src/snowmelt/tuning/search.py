@@ -151,14 +151,13 @@ def searched(bench: Bench, costs: dict[str, Costs], count: int) -> list[Drawing]
     """
     plain = Drawing().sampler
     cost = costs.get(plain.removesuffix("_sde"), next(iter(costs.values())))
-    noisy = Drawing(sampler=plain, levels=levels_of(bench, cost, HALF, count + 1), mean_first=True)
-    return [nearest(bench, costs, count).drawing, noisy]
+    return [nearest(bench, costs, count).drawing, at_best_levels(bench, plain, cost, HALF, count)]
 
 
-def levels_of(bench: Bench, cost: Costs, discount: float, count: int) -> tuple[float, ...]:
-    """The best path of `count` levels."""
-    places = cost.discounted(bench.model.config.data.std, discount).best(count)
-    return tuple(cost.levels[place] for place in places)
+def at_best_levels(bench: Bench, sampler: str, cost: Costs, discount: float, count: int) -> Drawing:
+    """With the levels of the best path, so that the network is asked `count` times after the mean."""
+    places = cost.discounted(bench.model.config.data.std, discount).best(count + 1)
+    return Drawing(sampler=sampler, levels=tuple(cost.levels[place] for place in places), mean_first=True)
 
 
 def nearest(bench: Bench, costs: dict[str, Costs], count: int) -> Trial:
@@ -166,9 +165,7 @@ def nearest(bench: Bench, costs: dict[str, Costs], count: int) -> Trial:
     tried: list[Trial] = []
     for name, cost in costs.items():
         tried.append(bench.trial(at_usual_levels(bench, name, count, mean_first=True)))
-        for discount in DISCOUNTS:
-            levels = levels_of(bench, cost, discount, count + 1)
-            tried.append(bench.trial(Drawing(sampler=name, levels=levels, mean_first=True)))
+        tried += [bench.trial(at_best_levels(bench, name, cost, discount, count)) for discount in DISCOUNTS]
     best = min(tried, key=_error)
     for _ in range(ROUNDS):
         for place in range(1, count + 1):
