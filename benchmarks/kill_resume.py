@@ -43,12 +43,15 @@ class Options:
     """Seconds between checkpoints."""
     seed: int = 0
     """Of the moments of the kills."""
+    config: Path | None = None
+    """Settings of the run, as TOML."""
 
 
 def command(options: Options, run: Path, workers: int) -> list[str]:
     """The same command for the first start and every restart, but for the loader threads."""
     words = [sys.executable, "-m", "snowmelt", "train", options.source, "--out", run, "--steps", options.steps]
     words += ["--precision", options.precision, "--save-every", options.save_every, "--workers", workers]
+    words += [] if options.config is None else ["--config", options.config]
     return [str(word) for word in words]
 
 

@@ -24,11 +24,17 @@ def train(out: Path, *more: str) -> int:
     )
 
 
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """Settings of a network that trains and draws fast."""
+    file = tmp_path / "small.toml"
+    file.write_text("[network]\nchannels = [8, 16]\nattention = [false, true]\nhead_channels = 8\n")
+    return file
+
+
 # Fewer in bf16, which a processor without it has to imitate, many times slower.
 @pytest.mark.parametrize(("precision", "steps", "cut"), [("fp32", 30, 18), ("bf16", 5, 3)])
-def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, monkeypatch, precision, steps, cut):
-    small = tmp_path / "small.toml"
-    small.write_text("[network]\nchannels = [8, 16]\nattention = [false, true]\nhead_channels = 8\n")
+def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, small, monkeypatch, precision, steps, cut):
     more = ("--precision", precision, "--steps", str(steps), "--batch", "16", "--config", str(small))
     train(tmp_path / "whole", *more)
     from snowmelt.training import loop
@@ -53,8 +59,10 @@ def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, monkeypatch, precision, step
     assert whole == parts, "no line is lost or written twice"
 
 
-def test_killed_again_and_again(capsys):
-    options = kill_resume.Options(kills=2, while_saving=1, steps=20, precision="fp32", save_every=0.05)
+def test_killed_again_and_again(small, capsys):
+    options = kill_resume.Options(
+        kills=2, while_saving=1, steps=20, precision="fp32", save_every=0.05, config=small
+    )
     assert kill_resume.main(options) == 0, capsys.readouterr().out
 
 

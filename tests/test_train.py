@@ -18,7 +18,7 @@ from snowmelt.config import DataConfig
 from snowmelt.data.prepared import open_prepared
 from snowmelt.errors import UserError
 from snowmelt.models.diffusion import DiffusionLearner
-from snowmelt.presets import AUGMENT, BRIEF_RATE, DROPOUT, OFTEN, REPEATED, SMALLEST_BATCH, facts_of, preset
+from snowmelt.presets import AUGMENT, BRIEF_RATE, DROPOUT, OFTEN, REPEATED, SMALLEST_BATCH, facts_of, network_for, preset
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, resolve, train
 from snowmelt.training import session
@@ -99,9 +99,17 @@ def test_short_times_have_small_batches_unless_asked(small):
     for section, values in (("training", {"optimizer": "adamw"}), ("network", {"channels": [64, 64, 64]})):
         asked = {"training": {}, section: values}
         assert resolve(data, options, asked, images=3_000).training.learning_rate == rates[2]
-    options = TrainOptions("pictures", duration="60s")
     assert resolve(data, options, {"training": {"batch": 48}}, images=5_000).training.batch == 48
     assert resolve(data, options, {}, images=2_000).training.batch == SMALLEST_BATCH
+
+
+def test_brief_runs_have_a_small_network_unless_somebody_says_how_it_looks():
+    data, options = DataConfig(32, 3, pictures=50_000), TrainOptions("pictures", duration="60s")
+    usual, brief = (preset(data, "diffusion", images=images).network for images in (None, 5_000))
+    assert usual == preset(data, "diffusion", images=10**6).network == network_for(data)
+    assert set(brief.channels) == {usual.channels[0]} and not brief.middle_attention and not any(brief.attention)
+    asked = {"training": {}, "network": {"dropout": 0.1}}
+    assert resolve(data, options, asked, images=5_000).network == dataclasses.replace(usual, dropout=0.1)
 
 
 def test_pictures_that_are_seen_again_and_again_are_changed():

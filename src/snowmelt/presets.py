@@ -67,7 +67,7 @@ FEW, PLENTY = 1000, 20_000
 MOST_AUGMENT = 0.6
 
 SMALLEST_BATCH, BRIEF_RATE = 8, 6e-3
-"""Pictures of a step, at least; and Muon's learning rate in short runs by time, where small steps lead nowhere."""
+"""Pictures of a step, at least; and Muon's learning rate in brief runs, where small steps lead nowhere."""
 
 VAES: tuple[tuple[int, VAEConfig], ...] = (
     # up to this size: the network. Most of it works on the smallest map, where pictures pass through fastest.
@@ -139,12 +139,29 @@ def augment_for(pictures: int) -> float:
     return round(MOST_AUGMENT * min(1.0, max(0.0, share)), 2)
 
 
+def is_brief(data: DataConfig, images: int | None) -> bool:
+    """Whether a run sees so few images that a small network, in large steps, learns most of them (docs/recipe.md)."""
+    return images is not None and images < (20_000 if data.size <= 40 else 30_000)
+
+
+def narrowed(network: UNetConfig) -> UNetConfig:
+    """The network of a brief run: as wide everywhere as on the largest map, and without attention.
+
+    >>> narrowed(UNetConfig(channels=(32, 64, 128))).channels
+    (32, 32, 32)
+    """
+    sizes = len(network.channels)
+    return dataclasses.replace(
+        network, channels=network.channels[:1] * sizes, attention=(False,) * sizes, middle_attention=False
+    )
+
+
 def _diffusion_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
-    # Updates below which smaller batches are better, images below which a run is short: docs/recipe.md.
-    most, rate, updates, brief = (64, 3e-3, 150, 12_000) if data.size <= 40 else (32, 2e-3, 300, 20_000)
+    # Updates below which smaller batches are better: docs/recipe.md.
+    most, rate, updates = (64, 3e-3, 150) if data.size <= 40 else (32, 2e-3, 300)
     return TrainingConfig(
         batch=batch_for(images, most=most * (GPU_BATCHES if gpu else 1), updates=updates),
-        learning_rate=rate if images is None or images >= brief else BRIEF_RATE,
+        learning_rate=BRIEF_RATE if is_brief(data, images) else rate,
     )
 
 
@@ -202,6 +219,8 @@ def preset(
         UserError: there is no such family.
     """
     network, training = network_for(data), choose(_TRAINING, model, "model")(data, images, gpu)
+    if is_brief(data, images):
+        network = narrowed(network)
     if large and model == "diffusion" and (larger := plentiful(data)) is not None:
         network, training = larger
         if images is not None and images >= OFTEN * data.pictures > 0:

@@ -359,20 +359,23 @@ def resolve(
 
     Args:
         images: how many the machine can train on in the time given; None where that is not known.
-        gpu, large: see `preset`; a network of which the person has given anything is never the larger one.
+        gpu, large: see `preset`; of a network of which the person has given anything the rest is the usual one's.
 
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
-    chosen = preset(data, options.model, images=images, gpu=gpu, large=large and not overrides.get("network"))
+    usual, own_network = preset(data, options.model), bool(overrides.get("network"))
+    chosen = preset(data, options.model, images=images, gpu=gpu, large=large and not own_network)
+    if own_network:
+        chosen = dataclasses.replace(chosen, network=usual.network)
     tables = config_tables(dataclasses.replace(chosen, version=__version__))
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]
-    unusual = overrides.get("network") or training["optimizer"] != "muon"
+    unusual = own_network or training["optimizer"] != "muon"
     if unusual and "learning_rate" not in overrides.get("training", {}):
-        # That of short runs was found with Muon on the preset's network.
-        training["learning_rate"] = preset(data, options.model).training.learning_rate
+        # That of brief runs was found with Muon on the preset's network.
+        training["learning_rate"] = usual.training.learning_rate
     if "steps" in training and "seconds" in training:
         raise UserError("The training is given by steps and by time; leave one of them away.")
     if "steps" not in training:

@@ -58,7 +58,7 @@ def fitted(
     chosen = choice(images=int(seconds * speed), gpu=gpu)
     batch = chosen.training.batch
     thorough = gpu or LOOKED * batch / speed <= seconds
-    if thorough or batch != config.training.batch:
+    if thorough or batch != config.training.batch or chosen.network != config.network:
         measured = again(chosen, asked=measured.precision, threads=measured.threads, thorough=thorough)
     return measured.settled(chosen), measured.images_per_second
 
