@@ -18,7 +18,17 @@ from snowmelt.config import DataConfig
 from snowmelt.data.prepared import open_prepared
 from snowmelt.errors import UserError
 from snowmelt.models.diffusion import DiffusionLearner
-from snowmelt.presets import AUGMENT, BRIEF_RATE, DROPOUT, OFTEN, REPEATED, SMALLEST_BATCH, facts_of, network_for, preset
+from snowmelt.presets import (
+    AUGMENT,
+    BRIEF_RATE,
+    DROPOUT,
+    OFTEN,
+    REPEATED,
+    SMALLEST_BATCH,
+    facts_of,
+    network_for,
+    preset,
+)
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, resolve, train
 from snowmelt.training import session
