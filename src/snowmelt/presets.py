@@ -158,7 +158,7 @@ def narrowed(network: UNetConfig) -> UNetConfig:
 
 def _diffusion_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
     # Updates below which smaller batches are better: docs/recipe.md.
-    most, rate, updates = (64, 3e-3, 150) if data.size <= 40 else (32, 2e-3, 300)
+    most, rate, updates = (64, 3e-3, 250) if data.size <= 40 else (32, 2e-3, 300)
     return TrainingConfig(
         batch=batch_for(images, most=most * (GPU_BATCHES if gpu else 1), updates=updates),
         learning_rate=BRIEF_RATE if is_brief(data, images) else rate,
