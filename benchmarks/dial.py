@@ -59,14 +59,15 @@ def presets(facts: DataConfig) -> dict[str, str]:
     from snowmelt.presets import network_for, preset
 
     network = network_for(facts)
-    # That of runs whose length is not known: it must not follow the dial.
+    # Network and rate are those of runs whose length is not known: they must not follow the dial.
     rate = preset(facts, "diffusion").training.learning_rate
+    usual = {"channels": list(network.channels)}
     wide = {"channels": [2 * width for width in network.channels]}
     channels, attention = list(network.channels[1:]), list(network.attention[1:])
     patches = {"channels": channels, "attention": attention, "patch": 2 * network.patch}
     return {
-        "small batches": _toml(training={"batch": 16, "learning_rate": rate}),
-        "large batches": _toml(training={"batch": 64, "learning_rate": rate}),
+        "small batches": _toml(network=usual, training={"batch": 16, "learning_rate": rate}),
+        "large batches": _toml(network=usual, training={"batch": 64, "learning_rate": rate}),
         "wide": _toml(network=wide, training={"batch": 32, "learning_rate": 2e-3}),
         "patches": _toml(network=patches, training={"batch": 32, "learning_rate": rate}),
     }

@@ -20,6 +20,7 @@ from snowmelt.errors import UserError
 from snowmelt.models.diffusion import DiffusionLearner
 from snowmelt.presets import (
     AUGMENT,
+    BRIEF,
     BRIEF_RATE,
     DROPOUT,
     OFTEN,
@@ -115,8 +116,8 @@ def test_short_times_have_small_batches_unless_asked(small):
 
 def test_brief_runs_have_a_small_network_unless_somebody_says_how_it_looks():
     data, options = DataConfig(32, 3, pictures=50_000), TrainOptions("pictures", duration="60s")
-    usual, brief = (preset(data, "diffusion", images=images).network for images in (None, 5_000))
-    assert usual == preset(data, "diffusion", images=10**6).network == network_for(data)
+    usual, brief = (preset(data, "diffusion", images=images).network for images in (BRIEF, BRIEF - 1))
+    assert usual == preset(data, "diffusion").network == network_for(data)
     assert set(brief.channels) == {usual.channels[0]} and not brief.middle_attention and not any(brief.attention)
     asked = {"training": {}, "network": {"dropout": 0.1}}
     assert resolve(data, options, asked, images=5_000).network == dataclasses.replace(usual, dropout=0.1)
@@ -133,7 +134,7 @@ def test_pictures_that_are_seen_again_and_again_are_changed():
 
 
 def test_only_a_gpu_with_time_has_a_larger_network():
-    """A CPU keeps the network that was measured, however long it trains; a GPU takes larger batches at least."""
+    """A CPU keeps the usual network, however long it trains; a GPU takes larger batches at least."""
     data = DataConfig(32, 3, pictures=50_000)
     usual = preset(data, "diffusion", images=10**6)
     assert all(preset(data, "diffusion", images=images).network == usual.network for images in (5 * 10**6, 10**9))
@@ -184,6 +185,24 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
     words = " ".join(capsys.readouterr().err.split())
     assert said in words and "fp32, channels_last, compiled, recorded, 1 CPU threads" in words
     assert seen == measured
+
+
+@pytest.mark.parametrize(("minutes", "longer"), [(1, False), (10, True)])
+def test_a_longer_run_is_measured_with_its_own_network(pictures, tmp_path, monkeypatch, minutes, longer):
+    """A hundred images a second; which precision is faster for the narrow network need not be so for the usual one."""
+    from snowmelt.training import fitting, session
+
+    seen: list[tuple[bool, str]] = []
+
+    def measure(config, *, asked, **_given):
+        seen.append((config.network.middle_attention, asked))
+        return session.Measured("fp32", 1, 100.0)
+
+    monkeypatch.setattr(fitting, "measure", measure)
+    monkeypatch.setattr(fitting, "is_gpu", lambda _device: False)
+    assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", f"{minutes}m", "--plan"]) == 0
+    assert seen[0] == (False, "auto")
+    assert seen[-1] == ((True, "auto") if longer else (False, "fp32"))
 
 
 @pytest.mark.parametrize(("speed", "batch", "rate"), [(20_000.0, 256, 3e-3), (1000.0, 128, 3e-3), (300.0, 32, 6e-3)])

@@ -66,8 +66,11 @@ FEW, PLENTY = 1000, 20_000
 """Training pictures below which the critic sees changed ones most often, and from which on never."""
 MOST_AUGMENT = 0.6
 
-SMALLEST_BATCH, BRIEF_RATE = 8, 6e-3
-"""Pictures of a step, at least; and Muon's learning rate in brief runs, where small steps lead nowhere."""
+SMALLEST_BATCH = 8
+"""Pictures of a step, at least."""
+
+BRIEF, BRIEF_RATE = 20_000, 6e-3
+"""Images below which a run is brief: a narrow network learns most of them, in large steps (docs/recipe.md)."""
 
 VAES: tuple[tuple[int, VAEConfig], ...] = (
     # up to this size: the network. Most of it works on the smallest map, where pictures pass through fastest.
@@ -139,9 +142,9 @@ def augment_for(pictures: int) -> float:
     return round(MOST_AUGMENT * min(1.0, max(0.0, share)), 2)
 
 
-def is_brief(data: DataConfig, images: int | None) -> bool:
-    """Whether a run sees so few images that a small network, in large steps, learns most of them (docs/recipe.md)."""
-    return images is not None and images < (20_000 if data.size <= 40 else 30_000)
+def is_brief(images: int | None) -> bool:
+    """Whether a run is going to see that few."""
+    return images is not None and images < BRIEF
 
 
 def narrowed(network: UNetConfig) -> UNetConfig:
@@ -157,11 +160,12 @@ def narrowed(network: UNetConfig) -> UNetConfig:
 
 
 def _diffusion_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
+    brief = is_brief(images)
     # Updates below which smaller batches are better: docs/recipe.md.
-    most, rate, updates = (64, 3e-3, 250) if data.size <= 40 else (32, 2e-3, 300)
+    most, rate, updates = (64, 3e-3, 250 if brief else 150) if data.size <= 40 else (32, 2e-3, 300)
     return TrainingConfig(
         batch=batch_for(images, most=most * (GPU_BATCHES if gpu else 1), updates=updates),
-        learning_rate=BRIEF_RATE if is_brief(data, images) else rate,
+        learning_rate=BRIEF_RATE if brief else rate,
     )
 
 
@@ -219,7 +223,7 @@ def preset(
         UserError: there is no such family.
     """
     network, training = network_for(data), choose(_TRAINING, model, "model")(data, images, gpu)
-    if is_brief(data, images):
+    if is_brief(images):
         network = narrowed(network)
     if large and model == "diffusion" and (larger := plentiful(data)) is not None:
         network, training = larger

@@ -49,7 +49,8 @@ def fitted(
     gpu = is_gpu(device)
     if gpu and (found := _larger(choice, again, ask, seconds, log)) is not None:
         return found
-    # On a CPU small batches are nearly as fast as large ones, and take a short run less time to try.
+    # On a CPU a brief run, which has the least time to try anything, is tried as it would be: with few pictures a step.
+    # Many of them are faster by about as much as a longer run's network is slower.
     config = choice(gpu=True) if gpu else choice(images=0)
     measured = ask(config, thorough=False)
     assert measured.images_per_second is not None, "a run by time is measured"
@@ -58,8 +59,10 @@ def fitted(
     chosen = choice(images=int(seconds * speed), gpu=gpu)
     batch = chosen.training.batch
     thorough = gpu or LOOKED * batch / speed <= seconds
-    if thorough or batch != config.training.batch or chosen.network != config.network:
-        measured = again(chosen, asked=measured.precision, threads=measured.threads, thorough=thorough)
+    other = chosen.network != config.network
+    if thorough or other or batch != config.training.batch:
+        precision = asked if other else measured.precision
+        measured = again(chosen, asked=precision, threads=measured.threads, thorough=thorough)
     return measured.settled(chosen), measured.images_per_second
 
 
