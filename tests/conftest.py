@@ -17,6 +17,17 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 
+LONGEST = ("test_train", "test_resume", "test_compare", "test_convergence", "test_exchange")
+"""Files that take longest. Of two workers neither should be left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers begin with the longest files; alone, pytest keeps its own order."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_steps_for_pictures() -> Iterator[None]:
     """What a training draws for people to see is drawn in few steps: hardly any test looks at it, and all wait."""

@@ -60,7 +60,9 @@ def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, small, monkeypatch, precisio
 
 
 def test_killed_again_and_again(small, capsys):
-    options = kill_resume.Options(kills=2, while_saving=1, steps=200, precision="fp32", save_every=0.05, config=small)
+    options = kill_resume.Options(
+        kills=2, while_saving=1, steps=60, precision="fp32", save_every=0.1, seed=1, config=small
+    )
     assert kill_resume.main(options) == 0, capsys.readouterr().out
 
 
