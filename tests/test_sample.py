@@ -92,6 +92,18 @@ def test_guidance_one_is_none_and_classes_matter(digits, tmp_path):
     )
 
 
+def test_an_eta_that_is_asked_for_is_that_of_every_step(digits, tmp_path):
+    def drawn(*words: str) -> np.ndarray:
+        out = tmp_path / "-".join(words)
+        assert cli(["sample", str(digits), "--count", "1", "--steps", "8", "--out", str(out), *words]) == 0
+        return pixels(out / "seed0-00000.png")
+
+    late = drawn("--sampler", "dpmpp_2m_late")
+    assert np.array_equal(drawn("--sampler", "dpmpp_2m_late", "--eta", "0"), drawn("--sampler", "dpmpp_2m"))
+    assert np.array_equal(drawn("--sampler", "dpmpp_2m_late", "--eta", "1"), drawn("--sampler", "dpmpp_2m_sde"))
+    assert not np.array_equal(late, drawn("--sampler", "dpmpp_2m")), "else this test would see nothing"
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -243,7 +255,7 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--away-from", "early"], "--away-from does nothing without guidance"),
         (["--guidance", "2", "--guidance-rescale", "5"], "give a share from 0 to 1"),
         (["--sampler", "ddpm", "--variance", "learned"], "has not learned a variance"),
-        (["--variance", "forward"], "dpmpp_2m_sde has no variance to choose"),
+        (["--variance", "forward"], "dpmpp_2m_late has no variance to choose"),
         (["--sampler", "unipc", "--eta", "0.5"], "unipc has no fresh noise to choose"),
         (["--sampler", "ddpm", "--eta", "0"], "take one of ddim, euler"),
         (["--eta", "1.5"], "--eta is 1.5"),

@@ -70,13 +70,13 @@ def test_ancestral_is_the_posterior_of_ddpm():
         torch.testing.assert_close((moved - still) ** 2, variance.expand_as(moved), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
-def test_every_eta_keeps_the_marginal(eta):
+@pytest.mark.parametrize("how", [*(Multistep(eta=eta) for eta in (0.0, 0.3, 0.7, 1.0)), Multistep(late=2.0)])
+def test_all_fresh_noise_keeps_the_marginal(how):
     """A noisy image alpha x0 + sigma noise becomes one of the next level: picture by alpha', variance by sigma'^2."""
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
 
     def step(x: Tensor, x0: Tensor, fresh: Tensor) -> Tensor:
-        return ending(multistep(lambda x, _: x0, x, grid, lambda _: fresh, Multistep(eta=eta)))
+        return ending(multistep(lambda x, _: x0, x, grid, lambda _: fresh, how))
 
     for pair in ([-9.0, -8.0], [-1.0, 0.5], [3.0, 9.0]):
         grid = torch.tensor(pair, dtype=torch.float64)
@@ -86,8 +86,11 @@ def test_every_eta_keeps_the_marginal(eta):
         fresh = step(zero, zero, one)
         variance = step(sigma * one, zero, zero) ** 2 + fresh**2
         torch.testing.assert_close(variance, sigma_next**2 * one, rtol=1e-13, atol=0)
-        # Equation 16 of the DDIM paper: eta times the standard deviation of DDPM's posterior.
-        expected = eta * (sigma_next / sigma) * (1 - alpha**2 / alpha_next**2).sqrt()
+        # Equation 16 of the DDIM paper: eta times the standard deviation of DDPM's posterior; and with tau of
+        # SA-Solver, e^(-2 tau) of the old noise's variance is left for every unit of log(alpha / sigma).
+        expected = how.eta * (sigma_next / sigma) * (1 - alpha**2 / alpha_next**2).sqrt()
+        if how.late and sum(pair) >= 0:
+            expected = sigma_next * (1 - ((alpha / sigma) / (alpha_next / sigma_next)) ** (2 * how.late)).sqrt()
         torch.testing.assert_close(fresh, expected * one, rtol=1e-11, atol=0)  # alphas near 1 cancel at the clean end
 
 
@@ -168,6 +171,21 @@ def test_one_evaluation_for_each_level_and_noise_only_between(eta):
     steps = list(multistep(denoise, draws(2, 1, 1, 1), grid, noise, Multistep(eta=eta)))
     assert seen == [float(step.log_snr) for step in steps] == grid.tolist()
     assert asked == ([1, 2, 3, 4, 5] if eta else [])
+
+
+def test_late_noise_is_drawn_where_the_picture_outweighs_it():
+    """Steps whose middle is below log-SNR 0 are those of `dpmpp_2m`."""
+    grid, asked = torch.tensor([-6.0, -3.0, -1.0, 0.5, 2.0, 5.0], dtype=torch.float64), list[int]()
+
+    def noise(step: int) -> Tensor:
+        asked.append(step)
+        return draws(2, 1, 1, 1, seed=step)
+
+    x = draws(2, 1, 1, 1)
+    late, plain = (list(SAMPLERS[name](GAUSSIAN, x, grid, noise)) for name in ("dpmpp_2m_late", "dpmpp_2m"))
+    assert asked == [1, 2], "of five steps the middle of two is cleaner"
+    alike = [torch.equal(one.x, other.x) for one, other in zip(late, plain, strict=True)]
+    assert alike == [True, True, True, True, False, False]
 
 
 def test_a_step_says_what_the_denoiser_said():

@@ -152,7 +152,9 @@ def test_there_are_no_moves_to_where_nothing_is():
     assert judge.ended(short, 1) is None and judge.started(short, 1) is None, "the levels would fall"
     assert judge.ended(Drawing(levels=(0.0, 24.5)), -1) is None, "beyond what is drawn"
     assert judge.fresher(short, -1) is None and judge.fresher(Drawing(sampler="ipndm"), 1) is None
-    assert judge.fresher(Drawing(), 1) is None and judge.fresher(Drawing(), -1).eta == 0.75
+    fresh = Drawing(sampler="dpmpp_2m_sde")
+    assert judge.fresher(fresh, 1) is None and judge.fresher(fresh, -1).eta == 0.75
+    assert judge.fresher(Drawing(sampler="dpmpp_2m_late"), -1) is None
 
 
 # the verb
@@ -225,7 +227,7 @@ def test_real_pictures_decide(digits, monkeypatch):
     options = TuneOptions(digits, counts=(4,), samplers=("ddim", "dpmpp_2m"), pictures=8)
     file = tune(options)
     assert json.loads(file.read_text())["steps"]["4"]["sampler"] == "unipc"
-    assert {one.sampler for one in seen} >= {"dpmpp_2m", "unipc", "dpmpp_2m_sde"}
+    assert {one.sampler for one in seen} >= {"dpmpp_2m", "unipc", "dpmpp_2m_sde", "dpmpp_2m_late"}
     assert all(one.answers == 4 for one in seen) and len(set(seen)) == len(seen)
     assert {(one.sampler, one.mean_first) for one in seen} >= {("dpmpp_2m", True), ("dpmpp_2m", False)}
     file.unlink()
@@ -284,6 +286,7 @@ def test_levels_of_other_weights_are_not_used(digits):
     [
         (["--samplers", "ddpm"], "no multistep sampler"),
         (["--samplers", "dpmpp_2m_sde"], "no multistep sampler"),
+        (["--samplers", "dpmpp_2m_late"], "no multistep sampler"),
         (["--samplers", "dimm"], "ddim"),
         (["--counts", "2"], "from 3"),
         (["--pictures", "3"], "at least 32"),

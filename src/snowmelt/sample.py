@@ -52,7 +52,7 @@ class SampleOptions:
     """newest, before (it knew its training pictures by heart), or the number of a step that the run has kept."""
     sampler: str | None = None
     """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md. When not
-    given dpmpp_2m_sde, or what `snowmelt tune` found best for so few steps."""
+    given dpmpp_2m_late, or what `snowmelt tune` found best for so few steps."""
     eta: float | None = None
     """How much fresh noise the steps of ddim, dpmpp_2m, ... draw: 0 none, 1 as much as ddpm."""
     steps: int | None = None

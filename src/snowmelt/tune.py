@@ -57,7 +57,7 @@ def tune(options: TuneOptions) -> Path:
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
     from snowmelt.tuning.judge import JUDGED, MOVED, Judge, Judged, moved_on
-    from snowmelt.tuning.search import FINE, TRIED, Bench, costs_of, even, learned, searched, trials, usual_names, walks
+    from snowmelt.tuning.search import FINE, TRIED, USUAL, Bench, costs_of, even, learned, searched, trials, walks
 
     check(options)
     run = Run.open(Path(options.run))
@@ -87,13 +87,12 @@ def tune(options: TuneOptions) -> Path:
         progress.update(judging, total=sum(len(these) + 2 * MOVED for these in candidates.values()))
         progress.start_task(judging)
         judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}
-        usual = list(usual_names())
         kept = {count: moved_on(judge.distance, these, len(spaced[count])) for count, these in judged.items()}
     file = keep_tuned(run, state, {count: one.drawing for count, (one, _) in kept.items()})
-    table = Table("steps", "best", "distance", "unmoved", *usual)
+    table = Table("steps", "best", "distance", "unmoved", *USUAL)
     for count, these in judged.items():
         best, start = kept[count]
-        shown = (best, start, *these[: len(usual)])
+        shown = (best, start, *these[: len(USUAL)])
         table.add_row(str(count), best.words(), *(f"{one.distance:.4g}" for one in shown))
     screen.print(table)
     screen.print(
@@ -112,7 +111,7 @@ def check(options: TuneOptions) -> None:
 
     for name in options.samplers:
         how = choose(SAMPLERS, name, "sampler").how
-        if how is None or how.eta:
+        if how is None or how.draws:
             raise UserError(f"{name} is no multistep sampler without fresh noise; tune ddim, dpmpp_2m, ipndm, ...")
     for count in options.counts:
         if not FEWEST <= count <= MOST:

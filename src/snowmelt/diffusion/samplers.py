@@ -54,17 +54,28 @@ class Multistep:
     """What is put between the levels."""
     eta: float = 0.0
     """0 (no fresh noise) to 1 (as much as DDPM)."""
+    late: float = 0.0
+    """How much fresh noise where the picture outweighs it, as tau in `multistep`, in the place of eta's; 0: eta's."""
     corrected: bool = False
     """Before each step take the last one again, now knowing the answer at its end (UniPC)."""
 
     def __post_init__(self) -> None:
         assert self.order >= 1 and 0 <= self.eta <= 1
-        assert not self.eta or self.may_draw, "this way solves the equation without fresh noise"
+        assert self.late >= 0 and (not self.draws or self.may_draw), "this way solves the equation without fresh noise"
+
+    @property
+    def draws(self) -> bool:
+        """Whether any step draws fresh noise."""
+        return self.eta > 0 or self.late > 0
 
     @property
     def may_draw(self) -> bool:
         """Whether steps can draw fresh noise: not of a noise form, and not where steps are taken again."""
         return self.form is DATA and not self.corrected
+
+    def tau(self, level: float, following: float) -> float:
+        """How much fresh noise the step draws: see `multistep`."""
+        return self.late if self.late and level + following >= 0 else tau_of(self.eta, level, following)
 
 
 def multistep(
@@ -87,7 +98,7 @@ def multistep(
         if how.corrected and before:
             step = step._replace(x=solved(before[0], [step, *before], level, 0.0))
         before.appendleft(step)
-        tau, expected = tau_of(how.eta, level, stop), stop
+        tau, expected = how.tau(level, stop), stop
         x = solved(step, list(before), stop, tau)
         return x + fresh_scale(level, stop, tau) * fresh() if tau else x
 
@@ -176,6 +187,9 @@ SAMPLERS: dict[str, Method] = {
     "dpmpp_2m": _solver(Multistep(order=2), "log_snr", 2, "DPM-Solver++ from two answers"),
     "dpmpp_3m": _solver(Multistep(order=3), "log_snr", 3, "DPM-Solver++ from three answers"),
     "dpmpp_2m_sde": _solver(Multistep(order=2, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
+    "dpmpp_2m_late": _solver(
+        Multistep(order=2, late=2.0), "log_snr", None, "the same with fresh noise only where the picture outweighs it"
+    ),
     "dpmpp_3m_sde": _solver(Multistep(order=3, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
     "unipc": _solver(Multistep(order=3, corrected=True), "log_snr", 4, "three answers, each step corrected"),
     "deis": _solver(Multistep(order=3, form=NOISE), "log_snr", 3, "the noise of three answers"),

@@ -24,7 +24,7 @@ from snowmelt.shapes import Features, Images, Labels, Levels
 class Drawing:
     """How pictures are drawn; a family reads what applies to it."""
 
-    sampler: str = "dpmpp_2m_sde"
+    sampler: str = "dpmpp_2m_late"
     """A name of `SAMPLERS`."""
     eta: float | None = None
     """How much fresh noise its steps draw, from 0 (none) to 1 (as much as DDPM); none: as the sampler's name says."""

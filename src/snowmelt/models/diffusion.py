@@ -176,7 +176,7 @@ class DiffusionModel(Model):
             method = choose(SAMPLERS, drawing.sampler, "sampler")
             if drawing.eta is None or method.how is None:
                 return method
-            return partial(multistep, how=dataclasses.replace(method.how, eta=drawing.eta))
+            return partial(multistep, how=dataclasses.replace(method.how, eta=drawing.eta, late=0.0))
         if drawing.variance == "learned":
             if self.config.diffusion.variance != "learned":
                 raise UserError("This run has not learned a variance; choose posterior, forward or analytic.")

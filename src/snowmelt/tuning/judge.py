@@ -103,9 +103,12 @@ def improved(distance: Callable[[Drawing], float], start: Judged) -> Judged:
 
 
 def fresher(drawing: Drawing, way: int) -> Drawing | None:
-    """With a quarter more or less fresh noise; None where there is no more, or no less, or none to choose."""
+    """With a quarter more or less fresh noise; None where there is no more, or no less, or none to choose.
+
+    A sampler that draws it late has no eta to begin at.
+    """
     how = SAMPLERS[drawing.sampler].how
-    if how is None or not how.may_draw:
+    if how is None or not how.may_draw or (how.late and drawing.eta is None):
         return None
     eta = (how.eta if drawing.eta is None else drawing.eta) + way / 4
     return dataclasses.replace(drawing, eta=eta) if 0 <= eta <= 1 else None

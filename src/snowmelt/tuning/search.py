@@ -25,12 +25,14 @@ FINE = 41
 REFERENCE = "dpmpp_3m"
 DISCOUNTS = (0.0, 0.5, 1.0)
 """How much of an error the rest of the way undoes (see `snowmelt.diffusion.search`); each is tried."""
+PLAIN, FRESH = "dpmpp_2m", ("dpmpp_2m_sde", "dpmpp_2m_late")
+"""A sampler, and its like with fresh noise."""
 HALF = 0.5
-"""The one taken for the sampler with fresh noise, which is not tried by how near it comes to many steps."""
+"""The discount of those with fresh noise, which are not tried by how near they come to many steps."""
 TRIED = 32
 """Pictures that are drawn at searched levels, to be compared with those of many steps."""
-USUAL = ("dpmpp_2m", "unipc")
-"""Samplers whose usual levels are candidates, beside those of the sampler that draws when nothing is asked for."""
+USUAL = (PLAIN, "unipc", *FRESH)
+"""Samplers whose usual levels are candidates."""
 LARGEST_BATCH, LARGE = 32, 64
 """Pictures drawn at once, up to this size; fewer of larger ones, whose trajectories would not fit into memory."""
 SHIFTS = (0.3, -0.3)
@@ -126,11 +128,6 @@ def costs_of(found: Trajectories, samplers: Sequence[str]) -> dict[str, Costs]:
     return costs
 
 
-def usual_names() -> Iterator[str]:
-    """The samplers whose usual levels are candidates."""
-    yield from dict.fromkeys((*USUAL, Drawing().sampler))
-
-
 def at_usual_levels(bench: Bench, sampler: str, count: int, *, mean_first: bool) -> Drawing:
     """With a sampler's usual levels, so that the network is asked `count` times."""
     grid = bench.model.grid(Drawing(sampler=sampler, steps=count, mean_first=mean_first))
@@ -138,20 +135,20 @@ def at_usual_levels(bench: Bench, sampler: str, count: int, *, mean_first: bool)
 
 
 def even(bench: Bench, count: int) -> list[Drawing]:
-    """The samplers of `usual_names`, in their order, at their usual levels; then the same with the mean first."""
-    ways = [(name, mean_first) for mean_first in (False, True) for name in usual_names()]
+    """The samplers of `USUAL`, in their order, at their usual levels; then the same with the mean first."""
+    ways = [(name, mean_first) for mean_first in (False, True) for name in USUAL]
     return [at_usual_levels(bench, name, count, mean_first=mean_first) for name, mean_first in ways]
 
 
 def searched(bench: Bench, costs: dict[str, Costs], count: int) -> list[Drawing]:
     """Levels that trajectories suggest, at which the network is asked `count` times after the mean.
 
-    First those with which a sampler comes nearest to many steps; then those of the sampler with fresh noise, at the
-    levels that suit its like without.
+    First those with which a sampler comes nearest to many steps; then samplers with fresh noise, at the levels that
+    suit their like without.
     """
-    plain = Drawing().sampler
-    cost = costs.get(plain.removesuffix("_sde"), next(iter(costs.values())))
-    return [nearest(bench, costs, count).drawing, at_best_levels(bench, plain, cost, HALF, count)]
+    cost = costs.get(PLAIN, next(iter(costs.values())))
+    fresh = [at_best_levels(bench, name, cost, HALF, count) for name in FRESH]
+    return [nearest(bench, costs, count).drawing, *fresh]
 
 
 def at_best_levels(bench: Bench, sampler: str, cost: Costs, discount: float, count: int) -> Drawing:
