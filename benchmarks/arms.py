@@ -153,7 +153,7 @@ def measured(learner: Learner, average: Average, data: Prepared, options: Option
             spaces = spaces_of(data, EvaluateOptions(Path()), Log(console(), options.out / "log.txt"))
             pixels: np.ndarray = to_pixels(drawn).numpy()
             figures = in_spaces(spaces, data, Drawn(pixels, None, 0.0), seed=0, names=("frechet",))
-            found |= {f"frechet {figure.space}": figure.value for figure in figures}
+            found |= {f"frechet {figure.space}": figure.value for figure in figures} | {"sampler": Drawing().sampler}
     return found
 
 

@@ -15,7 +15,7 @@ and four that are given, by --config, what somebody might set by hand:
 with the learning rate that runs of unknown length have, but for the wide one's. Then, off the clock, each draws as
 `snowmelt sample` does and is measured as `snowmelt evaluate` measures. The time is that of the whole command. A cell is
 met in a space when the time is within 5 % and the Frechet distance no more than 1.1 times that of the best preset.
-Results go on in a file, so that a cell that was run before is not run again.
+Results go on in a file, so that a cell that was run before is not run again; --redraw has its runs draw again.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Options:
     samples: int = 400
     """Pictures of each run that are measured."""
     seed: int = 0
+    redraw: bool = False
+    """Draw and measure anew with the runs that --out has, as after a change of how pictures are drawn."""
     out: Path = Path("runs/dial")
 
 
@@ -83,8 +85,12 @@ def _toml(**sections: dict[str, Any]) -> str:
     return "\n".join(lines()) + "\n"
 
 
-def cell(data: Path, minutes: float, name: str, options: Options) -> dict[str, Any]:
-    """One run: how long it took, what it saw, and how near to real pictures it draws."""
+def cell(data: Path, minutes: float, name: str, options: Options, *, taken: float | None) -> dict[str, Any]:
+    """One run: how long it took, what it saw, and how near to real pictures it draws.
+
+    Args:
+        taken: the seconds it took, where it is trained already.
+    """
     import torch
 
     from contest import train_snowmelt
@@ -104,10 +110,12 @@ def cell(data: Path, minutes: float, name: str, options: Options) -> dict[str, A
         settings = folder.with_name(f"{folder.name}.toml")
         settings.write_text(presets(facts_of(prepared))[name], encoding="utf-8")
         more = ["--config", str(settings)]
-    begin = time.monotonic()
-    status = train_snowmelt(data, 60 * minutes, folder, options.seed, *more)
-    taken = time.monotonic() - begin
+    if taken is None:
+        begin = time.monotonic()
+        train_snowmelt(data, 60 * minutes, folder, options.seed, *more)
+        taken = time.monotonic() - begin
     run, asked = Run.open(folder), EvaluateOptions(folder, samples=options.samples, seed=options.seed)
+    status = run.status()
     drawn = draw(order_of(run, asked), 0)
     save_png(folder.with_name(f"{folder.name}.png"), sheet_of_pixels(torch.from_numpy(drawn.pixels[:64]), 8))
     spaces = spaces_of(prepared, asked, Log(console(), options.out / "log.txt"))
@@ -141,9 +149,10 @@ def main(options: Options) -> None:
             for name in (DIAL, *presets(DataConfig(options.size or 32, 3))):
                 found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
                 row = found.setdefault(f"{folder.name}, {minutes:g} min", {})
-                if name in row:
+                if name in row and not options.redraw:
                     continue
-                told = json.dumps([str(data), minutes, name, {**vars(options), "out": str(options.out)}])
+                taken = row[name]["seconds"] if name in row else None
+                told = json.dumps([str(data), minutes, name, {**vars(options), "out": str(options.out)}, taken])
                 words = [sys.executable, __file__, "--worker", told]
                 done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
                 row[name] = json.loads(done.stdout.splitlines()[-1])
@@ -191,7 +200,8 @@ def _met(title: str, row: dict[str, Any]) -> Iterator[str]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        source, minutes, name, fields = json.loads(sys.argv[2])
-        print(json.dumps(cell(Path(source), minutes, name, Options(**{**fields, "out": Path(fields["out"])}))))
+        source, minutes, name, fields, taken = json.loads(sys.argv[2])
+        options = Options(**{**fields, "out": Path(fields["out"])})
+        print(json.dumps(cell(Path(source), minutes, name, options, taken=taken)))
     else:
         main(tyro.cli(Options))

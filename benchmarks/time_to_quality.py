@@ -69,6 +69,7 @@ SCREENED = 64
 """Pictures by which a rival's way to draw is chosen..."""
 OF_RIVALS = (
     Drawing(sampler="dpmpp_2m"),
+    Drawing(sampler="dpmpp_2m_sde"),
     Drawing(sampler="unipc", schedule="linear"),
     Drawing(sampler="ddim", steps=30, schedule="linear", spacing="time"),
     Drawing(sampler="ddpm", steps=30, schedule="linear", spacing="time"),

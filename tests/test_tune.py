@@ -154,7 +154,7 @@ def test_there_are_no_moves_to_where_nothing_is():
     assert judge.fresher(short, -1) is None and judge.fresher(Drawing(sampler="ipndm"), 1) is None
     fresh = Drawing(sampler="dpmpp_2m_sde")
     assert judge.fresher(fresh, 1) is None and judge.fresher(fresh, -1).eta == 0.75
-    assert judge.fresher(Drawing(sampler="dpmpp_2m_late"), -1) is None
+    assert judge.fresher(Drawing(sampler="dpmpp_2m_late"), 1) is None
 
 
 # the verb
@@ -230,6 +230,9 @@ def test_real_pictures_decide(digits, monkeypatch):
     assert {one.sampler for one in seen} >= {"dpmpp_2m", "unipc", "dpmpp_2m_sde", "dpmpp_2m_late"}
     assert all(one.answers == 4 for one in seen) and len(set(seen)) == len(seen)
     assert {(one.sampler, one.mean_first) for one in seen} >= {("dpmpp_2m", True), ("dpmpp_2m", False)}
+    assert {one.sampler for one in seen} >= {Drawing().sampler}, "what draws when nothing is asked for"
+    late = {one.levels for one in seen if one.sampler == "dpmpp_2m_late" and one.mean_first}
+    assert len(late) == 2, "at its usual levels, and at searched ones"
     file.unlink()
 
 

@@ -54,7 +54,7 @@ class SampleOptions:
     """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md. When not
     given dpmpp_2m_late, or what `snowmelt tune` found best for so few steps."""
     eta: float | None = None
-    """How much fresh noise the steps of ddim, dpmpp_2m, ... draw: 0 none, 1 as much as ddpm."""
+    """How much fresh noise all steps of ddim, dpmpp_2m, dpmpp_2m_late, ... draw: 0 none, 1 as much as ddpm."""
     steps: int | None = None
     """Noise levels at which the network is asked, by most samplers once; 15 when not given."""
     schedule: str | None = None

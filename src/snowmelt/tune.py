@@ -89,7 +89,7 @@ def tune(options: TuneOptions) -> Path:
         judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}
         kept = {count: moved_on(judge.distance, these, len(spaced[count])) for count, these in judged.items()}
     file = keep_tuned(run, state, {count: one.drawing for count, (one, _) in kept.items()})
-    table = Table("steps", "best", "distance", "unmoved", *USUAL)
+    table = Table("steps", "best", "distance", "unmoved", *(name.removeprefix("dpmpp_") for name in USUAL))
     for count, these in judged.items():
         best, start = kept[count]
         shown = (best, start, *these[: len(USUAL)])

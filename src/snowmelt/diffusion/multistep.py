@@ -9,7 +9,8 @@ where f_j are earlier answers and ell_j their Lagrange polynomials. The form say
     data    f = x0,       decay = sigma_m / sigma_l e^(-tau h),   kernel = alpha_m (1 + tau) e^(-(1 + tau) (L_m - L))
     noise   f = noise,    decay = alpha_m / alpha_l,              kernel = -alpha_m e^(-L)
 
-tau is how much fresh noise a step draws: 0 none, 1 as DDPM does; eta of DDIM is e^(-2 tau h) = 1 - eta^2 (1 - e^(-2h)).
+tau is how much fresh noise a step draws: 0 none, 1 as DDPM does, more up to all of it; up to 1 it is eta of DDIM,
+e^(-2 tau h) = 1 - eta^2 (1 - e^(-2h)).
 One answer gives DDPM, DDIM and Euler; more give DPM-Solver++ (data), its SDE variants (data, tau = 1), DEIS (noise),
 UniPC (data, with the new answer among the f), iPNDM (noise, levels counted instead of measured).
 (Lu et al. 2022, arXiv:2211.01095; Zhang & Chen 2022, arXiv:2204.13902; Zhao et al. 2023, arXiv:2302.04867;

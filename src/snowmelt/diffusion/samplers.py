@@ -55,7 +55,7 @@ class Multistep:
     eta: float = 0.0
     """0 (no fresh noise) to 1 (as much as DDPM)."""
     late: float = 0.0
-    """How much fresh noise where the picture outweighs it, as tau in `multistep`, in the place of eta's; 0: eta's."""
+    """tau, any number, of steps whose middle is at log-SNR 0 or cleaner, in the place of eta's; 0: eta's there too."""
     corrected: bool = False
     """Before each step take the last one again, now knowing the answer at its end (UniPC)."""
 
@@ -75,7 +75,9 @@ class Multistep:
 
     def tau(self, level: float, following: float) -> float:
         """How much fresh noise the step draws: see `multistep`."""
-        return self.late if self.late and level + following >= 0 else tau_of(self.eta, level, following)
+        # Grids are as long on either side of 0: a step across it must not depend on the rounding of its ends.
+        late = self.late > 0 and level + following > -1e-6
+        return self.late if late else tau_of(self.eta, level, following)
 
 
 def multistep(
