@@ -56,7 +56,7 @@ def tune(options: TuneOptions) -> Path:
     from snowmelt.evaluation.drawing import keep_tuned, mean_images
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
-    from snowmelt.tuning.judge import JUDGED, MOVED, Judge, Judged, moved_on
+    from snowmelt.tuning.judge import JUDGED, MOVED, Judge, Judged, moved_on, short
     from snowmelt.tuning.search import FINE, TRIED, USUAL, Bench, costs_of, even, learned, searched, trials, walks
 
     check(options)
@@ -89,7 +89,7 @@ def tune(options: TuneOptions) -> Path:
         judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}
         kept = {count: moved_on(judge.distance, these, len(spaced[count])) for count, these in judged.items()}
     file = keep_tuned(run, state, {count: one.drawing for count, (one, _) in kept.items()})
-    table = Table("steps", "best", "distance", "unmoved", *(name.removeprefix("dpmpp_") for name in USUAL))
+    table = Table("steps", "best", "distance", "unmoved", *map(short, USUAL))
     for count, these in judged.items():
         best, start = kept[count]
         shown = (best, start, *these[: len(USUAL)])
@@ -97,7 +97,8 @@ def tune(options: TuneOptions) -> Path:
     screen.print(table)
     screen.print(
         f"Distances are Frechet distances of {JUDGED} drawn from {len(judge.real):,} training pictures, in the space "
-        "of random convolutions: of the best, of what it was moved from, and of samplers at their usual levels. It "
+        "of random convolutions: of the best, of what it was moved from, and of samplers (2m: dpmpp_2m, ...) at their "
+        "usual levels. It "
         "was chosen by these distances, so its own flatters it a little."
     )
     screen.print(f"Wrote {file}; snowmelt sample {run.path} --steps {options.counts[-1]} uses it.", markup=False)

@@ -35,11 +35,20 @@ class Judged(NamedTuple):
     drawing: Drawing
 
     def words(self) -> str:
-        """How it draws, for the table."""
+        """How it draws, for the table, which has no room for long names."""
         levels = self.drawing.levels
         noise = "" if self.drawing.eta is None else f"eta {self.drawing.eta:g}, "
         mean = "mean first, " if self.drawing.mean_first else ""
-        return f"{self.drawing.sampler}, {noise}{mean}{levels[0]:.1f} to {levels[-1]:.1f}"
+        return f"{short(self.drawing.sampler)}, {noise}{mean}{levels[0]:.1f} to {levels[-1]:.1f}"
+
+
+def short(sampler: str) -> str:
+    """A sampler's name as the table has it.
+
+    >>> short("dpmpp_2m_late"), short("unipc")
+    ('2m_late', 'unipc')
+    """
+    return sampler.removeprefix("dpmpp_")
 
 
 @dataclasses.dataclass(frozen=True)
