@@ -133,6 +133,13 @@ def test_pictures_that_are_seen_again_and_again_are_changed():
     assert resolve(data, options, asked, images=10**9).diffusion.augment == 0
 
 
+def test_steps_say_how_often_pictures_are_seen_too():
+    data, options = DataConfig(32, 3, pictures=100), TrainOptions("pictures")
+    for steps, given, augment in ((299, {}, 0), (300, {}, AUGMENT), (300, {"augment": 0.0}, 0)):
+        asked = {"training": {"steps": steps, "batch": 100}, "diffusion": given}
+        assert resolve(data, options, asked).diffusion.augment == augment
+
+
 def test_only_a_gpu_with_time_has_a_larger_network():
     """A CPU keeps the usual network, however long it trains; a GPU takes larger batches at least."""
     data = DataConfig(32, 3, pictures=50_000)

@@ -142,6 +142,11 @@ def augment_for(pictures: int) -> float:
     return round(MOST_AUGMENT * min(1.0, max(0.0, share)), 2)
 
 
+def changed_for(data: DataConfig, images: int | None) -> float:
+    """Probability of each change to pictures that a diffusion model sees: none where each is seen a few times."""
+    return AUGMENT if images is not None and images >= REPEATED * data.pictures > 0 else 0.0
+
+
 def is_brief(images: int | None) -> bool:
     """Whether a run is going to see that few."""
     return images is not None and images < BRIEF
@@ -229,8 +234,7 @@ def preset(
         network, training = larger
         if images is not None and images >= OFTEN * data.pictures > 0:
             network = dataclasses.replace(network, dropout=DROPOUT)
-    repeated = images is not None and images >= REPEATED * data.pictures > 0
-    diffusion = DiffusionConfig(augment=AUGMENT if repeated else 0.0)
+    diffusion = DiffusionConfig(augment=changed_for(data, images))
     return Config(data, model, network, diffusion, vae=vae_for(data), gan=gan_for(data), training=training)
 
 

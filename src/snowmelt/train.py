@@ -17,7 +17,7 @@ import tyro
 from snowmelt import __version__
 from snowmelt.config import FAMILIES, Config, DataConfig, config_tables
 from snowmelt.errors import UserError, choose, nearest
-from snowmelt.presets import DEFAULT_SECONDS, check_length, check_size, facts_of, preset
+from snowmelt.presets import DEFAULT_SECONDS, changed_for, check_length, check_size, facts_of, preset
 from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
@@ -383,6 +383,10 @@ def resolve(
     training["seconds"] = training.get("seconds") and float(training["seconds"])
     tables = to_tables(tables)
     config = from_table(Config, tables, str(options.config or "the options"))
+    if config.training.steps is not None and "augment" not in overrides.get("diffusion", {}):
+        # No time to fit anything to, but how often each picture is going to be seen is known.
+        augment = changed_for(data, config.training.steps * config.training.batch)
+        config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, augment=augment))
     return dataclasses.replace(config, data=data, request=_request(options))
 
 
