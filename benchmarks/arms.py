@@ -49,6 +49,7 @@ from snowmelt.seeds import generator, noise_source
 from snowmelt.tables import from_table
 from snowmelt.terminal import Log, console
 from snowmelt.training.plan import Plan
+from snowmelt.training.session import study
 
 CPU = torch.device("cpu")
 TRIAL = 3
@@ -121,6 +122,7 @@ def trained(config: Config, data: Prepared, options: Options, seed: int) -> tupl
         steps = int(options.seconds * TRIAL / (time.perf_counter() - begin))
     plan = Plan(dataclasses.replace(training, steps=steps), Path(), [(0, steps)])
     learner = build_learner(config, precision())
+    study(learner, data)
     average = Average(learner.averaged, training.average)
     begin = time.perf_counter()
     for step in range(1, steps + 1):

@@ -124,7 +124,7 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     config = Config(facts_of(data), network=unet_of(network), training=TrainingConfig(steps=100_000, batch=batch))
     cpu = torch.device("cpu")
     threads = torch.get_num_threads()
-    config = measured(config, data, cpu, asked="auto", threads=threads, log=lambda _: None).settled(config)
+    config = measured(config, data, cpu, asked="auto", threads=threads).settled(config)
     learner = build_learner(config, precision_of(config.training, cpu))
     average = Average(learner.averaged, config.training.average)
     stream = Stream(data, batch=batch, seed=0, flip=False, workers=0, device=cpu)

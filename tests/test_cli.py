@@ -58,6 +58,9 @@ def here(tmp_path, monkeypatch) -> Path:
     (tmp_path / "flat.toml").write_text("training = 5\n")
     (tmp_path / "average.toml").write_text("[training]\naverage = 0.5\n")
     (tmp_path / "steps.toml").write_text("[training]\nsteps = 5\n")
+    (tmp_path / "words.toml").write_text('[training]\nseconds = "10m"\n')
+    (tmp_path / "short.toml").write_text("[training]\nseconds = 2\n")
+    (tmp_path / "fp16.toml").write_text('[training]\nprecision = "fp16"\n')
     return tmp_path
 
 
@@ -84,6 +87,9 @@ MISTAKES = {
     "unknown device": (["train", "good", "--device", "cuda:9"], "There is no device 'cuda:9'"),
     "unknown key": (["train", "good", "--config", "bad.toml"], "did you mean 'learning_rate'?"),
     "wrong type": (["train", "good", "--config", "type.toml"], "type.toml"),
+    "seconds in words": (["train", "good", "--config", "words.toml"], "seconds"),
+    "too few seconds": (["train", "good", "--config", "short.toml"], "[training] seconds = 2 is too short"),
+    "fp16 in settings": (["train", "good", "--config", "fp16.toml"], "--precision bf16 or fp32"),
     "no TOML": (["train", "good", "--config", "no.toml"], "not readable as TOML"),
     "missing settings": (["train", "good", "--config", "nowhere.toml"], "nowhere.toml"),
     "infinite rate": (["train", "good", "--learning-rate", "inf"], "training.learning_rate is inf"),
@@ -116,6 +122,26 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(here, capsys, name):
     assert said in err, err
     assert err.count("\n") == 1 and "Traceback" not in err, err
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["torch on a processor", "torch on a GPU", "Python"])
+def test_without_memory_there_is_a_sentence(here, capsys, monkeypatch, kind):
+    """torch says so in words only, where a processor has no more."""
+    import torch
+
+    from snowmelt import train
+
+    def greedy(_options):
+        if kind == "torch on a processor":
+            torch.empty(2**60, dtype=torch.uint8)
+        raise MemoryError if kind == "Python" else torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train, "train_or_plan", greedy)
+    assert cli(["train", "good"]) == 2
+    assert "not enough memory; use a smaller --batch" in capsys.readouterr().err
+    monkeypatch.setattr(train, "train_or_plan", lambda _options: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli(["train", "good"])
 
 
 def test_a_value_of_the_wrong_type_has_exit_code_2(here):

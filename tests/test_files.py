@@ -10,13 +10,32 @@ from pathlib import Path
 import pytest
 
 from snowmelt import files
-from snowmelt.files import write_together
+from snowmelt.errors import UserError
+from snowmelt.files import make_folder, write_together
 
 OLD = {str(number): b"old" for number in range(20)}
 
 
 def found(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["refused", "refused when it had begun"])
+def test_what_a_refusal_leaves(tmp_path, begun):
+    """Nothing of its own, all that another process made beside it meanwhile, and what is worth going on with."""
+    ours, others = tmp_path / "runs" / "ours", tmp_path / "runs" / "others"
+    with pytest.raises(UserError), make_folder(ours, begun="config.toml"):
+        (ours / "data").mkdir()
+        (ours / ("config.toml" if begun else "log.txt")).write_text("some")
+        if begun:
+            others.mkdir()
+        raise UserError("No.")
+    assert ours.exists() == begun and others.exists() == begun
+    assert (tmp_path / "runs").exists() == begun
+    others.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError), make_folder(ours / "deeper", begun="config.toml"):
+        raise UserError("No.")
+    assert others.exists() and ours.exists() == begun
 
 
 @pytest.mark.parametrize("platform", [files.sys.platform, "elsewhere"])

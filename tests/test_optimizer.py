@@ -11,6 +11,7 @@ from snowmelt.config import Config, DataConfig, DiffusionConfig, TrainingConfig,
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.ema import Average
+from snowmelt.errors import UserError
 from snowmelt.models import build_learner, muon
 from snowmelt.models.muon import JORDAN, MIRRORED, PHASES, Muon, factors
 from snowmelt.models.optimizer import Optimizer
@@ -88,6 +89,16 @@ def test_state_comes_back_bit_for_bit(name):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert one.tensors().keys() == three.tensors().keys()
     assert all(torch.equal(value, three.tensors()[key]) for key, value in one.tensors().items())
+
+
+@pytest.mark.parametrize(("kept", "named"), [("muon", "adamw"), ("adamw", "muon")])
+def test_state_of_another_optimizer_is_refused(kept, named):
+    net = network()
+    one = Optimizer(net, TrainingConfig(optimizer=kept))
+    backward(net, 0)
+    one.step(1e-3)
+    with pytest.raises(UserError, match="another optimizer"):
+        Optimizer(network(), TrainingConfig(optimizer=named)).load(one.tensors())
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

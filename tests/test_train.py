@@ -150,6 +150,8 @@ def test_only_a_gpu_with_time_has_a_larger_network():
     large = preset(data, "diffusion", gpu=True, large=True)
     assert large.network.channels == (128, 256, 256) and large.training.batch == 512
     assert large.training.learning_rate < usual.training.learning_rate
+    asked = resolve(data, TrainOptions("pictures"), {"training": {"optimizer": "adamw"}}, gpu=True, large=True)
+    assert asked.training.learning_rate == large.training.learning_rate, "whatever takes the steps"
     assert preset(DataConfig(8, 1), "diffusion", gpu=True, large=True).network.channels == (32, 64)
     assert preset(data, "vae", gpu=True, large=True) == preset(data, "vae")
     dropouts = [
@@ -210,6 +212,29 @@ def test_a_longer_run_is_measured_with_its_own_network(pictures, tmp_path, monke
     assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--for", f"{minutes}m", "--plan"]) == 0
     assert seen[0] == (False, "auto")
     assert seen[-1] == ((True, "auto") if longer else (False, "fp32"))
+
+
+def test_each_decision_is_said_once_and_a_network_measured_once(pictures, tmp_path, monkeypatch, capsys):
+    """By its last measurement; a VAE, whose network does not depend on the time, is measured for its batch at most."""
+    from snowmelt.training import fitting, session
+
+    seen: list[str] = []
+
+    def measure(config, *, asked, **_given):
+        seen.append(asked)
+        ratio = ("Precision: fp32 (bf16 trains 0.5 times as fast as fp32 here)",) if asked == "auto" else ()
+        return session.Measured("fp32", 1, 1e5, reasons=(*ratio, f"channels_last: yes ({len(seen)})"))
+
+    monkeypatch.setattr(fitting, "measure", measure)
+    monkeypatch.setattr(fitting, "is_gpu", lambda _device: False)
+    for model, measured in (("diffusion", ["auto", "auto"]), ("vae", ["auto", "fp32"])):
+        seen.clear()
+        out = tmp_path / model
+        assert cli(["train", str(pictures), "--out", str(out), "--for", "10m", "--plan", "--model", model]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert seen == measured
+        assert said.count("Precision: fp32 (") == 1 and said.count("channels_last: yes (") == 1
+        assert "channels_last: yes (2)." in said
 
 
 @pytest.mark.parametrize(("speed", "batch", "rate"), [(20_000.0, 256, 3e-3), (1000.0, 128, 3e-3), (300.0, 32, 6e-3)])
@@ -554,10 +579,11 @@ def test_a_prepared_dataset_is_trained_on_where_it_is(pictures, small, tmp_path,
 
 def test_settings_win_over_what_is_chosen(pictures, tmp_path):
     settings = tmp_path / "mine.toml"
-    settings.write_text('[network]\nchannels = [16]\nattention = [false]\n[training]\nsteps = 3\nprecision = "fp32"\n')
+    learning = '[training]\nsteps = 3\nseed = 7\nprecision = "fp32"\n'
+    settings.write_text(f"[network]\nchannels = [16]\nattention = [false]\n{learning}")
     assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--config", str(settings)]) == 0
     config = Run.open(tmp_path / "run").config
-    assert config.training.steps == 3 and config.training.seconds is None
+    assert config.training.steps == 3 and config.training.seconds is None and config.training.seed == 7
     assert config.network.channels == (16,) and config.training.precision == "fp32"
     settings.unlink()
     assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--config", str(settings)]) == 2

@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
         print(f"snowmelt {__version__}")
         return 0
     _calm_threads()
-    from snowmelt.errors import Stopped, UserError
+    from snowmelt.errors import NO_MEMORY, Stopped, UserError, out_of_memory
 
     try:
         return _call(arguments[0], arguments[1:])
@@ -88,8 +88,10 @@ def run(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    except MemoryError:
-        print("snowmelt: There is not enough memory; use a smaller --batch, --count or --size.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"snowmelt: {NO_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("snowmelt: interrupted", file=sys.stderr)

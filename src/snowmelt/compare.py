@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from snowmelt.comparing.options import CompareOptions, check, check_runs
 from snowmelt.config import DataConfig
 from snowmelt.errors import UserError
 from snowmelt.evaluating.options import EvaluateOptions
-from snowmelt.files import write_atomic
+from snowmelt.files import make_folder, write_atomic
 from snowmelt.presets import check_size, facts_of, preset
 from snowmelt.terminal import Log, console
 
@@ -59,22 +58,15 @@ def compare(options: CompareOptions) -> Path:
     _refuse_foreign(out)
     if not finished:
         _check_source(options)
-    fresh = [parent for parent in (out, *out.parents) if not parent.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock(out), stopping(f"What is done is kept in {out}; the same command continues."):
-            log, ledger = Log(console(), out / "log.txt"), Ledger.open(out / PLAN, _request(options))
-            failed: list[str] = []
-            if not finished:
-                runs, failed = _duel(options, out, ledger, log)
-            found = _measured(options, runs, ledger, log, timed=not finished)
-            found["not_measured"] = [*failed, *found["not_measured"]]
-            page = _write(out, found)
-    except UserError:
-        # After a refusal leave nothing behind, unless work has begun.
-        if fresh and not (out / PLAN).exists():
-            shutil.rmtree(fresh[-1], ignore_errors=True)
-        raise
+    kept = stopping(f"What is done is kept in {out}; the same command continues.")
+    with make_folder(out, begun=PLAN), lock(out), kept:
+        log, ledger = Log(console(), out / "log.txt"), Ledger.open(out / PLAN, _request(options))
+        failed: list[str] = []
+        if not finished:
+            runs, failed = _duel(options, out, ledger, log)
+        found = _measured(options, runs, ledger, log, timed=not finished)
+        found["not_measured"] = [*failed, *found["not_measured"]]
+        page = _write(out, found)
     log(f"{found['verdict']['headline']}")
     log(f"Wrote {page}; open it in a browser")
     return page

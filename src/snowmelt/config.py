@@ -164,8 +164,12 @@ class DiffusionConfig:
     augment: float = 0.0
     """Probability of each change to training pictures, half of which are mirrored then too; the network is told of all
     changes, so that it draws none. 0: pictures stay as they are."""
+    linear: int = 0
+    """Directions in which pictures differ most, whose variances make the linear estimate that the network is shown
+    beside the noisy picture; 0: it is shown the noisy picture alone."""
 
     def __post_init__(self) -> None:
+        _require("diffusion", self, ("linear",), above=-1)
         if not 0 <= self.augment < 1:
             raise UserError(
                 f"diffusion.augment is {self.augment}; give a probability from 0 to less than 1, such as 0.15."

@@ -70,11 +70,16 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"There is no device {name!r} on this machine; use --device cpu or leave it out.") from error
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type != "cpu" and device.index is not None:
+        # What is recorded, and what is waited for, is that of the current one.
+        torch.accelerator.set_device_index(device.index)
+    return device
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether the device is a GPU for which layouts and the compiler are worth a try, and larger networks too."""
+    """Whether the device is a GPU that CUDA's words are for: larger networks, the compiler and recording are worth a
+    try there; others, such as a Mac's, train as a processor does."""
     return device.type == "cuda"
 
 
@@ -268,7 +273,7 @@ def keep_memory() -> None:
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 ROOM = 0.25

@@ -24,6 +24,18 @@ class Stopped(Exception):
         self.signal = signal
 
 
+NO_MEMORY = "There is not enough memory; use a smaller --batch, --count or --size."
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's, or torch's on a processor, which has no exception of its own.
+
+    By their words, since torch need not be there.
+    """
+    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The ending of an error sentence: the nearest of `names` when one is near, then all of them."""
     known = list(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -13,8 +14,11 @@ from snowmelt.errors import UserError
 
 
 @contextmanager
-def make_folder(path: Path) -> Generator[Path]:
+def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
     """`path`, made where it was not; made folders that are still empty when the block fails go again.
+
+    Args:
+        begun: after a refusal `path`, if it was made, goes with all that is in it, unless there is a file of this name.
 
     Raises:
         UserError: nothing can be written there; before the block begins.
@@ -23,7 +27,9 @@ def make_folder(path: Path) -> Generator[Path]:
     try:
         _make_writable(path)
         yield path
-    except BaseException:
+    except BaseException as error:
+        if begun and missing and isinstance(error, UserError) and not (path / begun).exists():
+            shutil.rmtree(path, ignore_errors=True)
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,9 @@ REPEATED, AUGMENT = 300, 0.15
 
 OFTEN, DROPOUT = 500, 0.1
 """How often such a network must see each picture to be trained with dropout, which slows learning at first."""
+
+LINEAR = 128
+"""Directions of the linear estimate that a network is shown (docs/recipe.md)."""
 
 GPU_BATCHES = 4
 """How many times larger the smaller network's batch is on a GPU, which takes hardly longer for it (docs/recipe.md)."""
@@ -91,8 +95,8 @@ def facts_of(data: Prepared) -> DataConfig:
     """What a model is told of its training pictures."""
     counts: tuple[int, ...] = ()
     if data.labels is not None:
-        labels = data.labels[data.train].tolist()
-        counts = tuple(labels.count(label) for label in range(len(data.classes)))
+        counted = Counter(data.labels[data.train].tolist())
+        counts = tuple(counted[label] for label in range(len(data.classes)))
     std = max(FLATTEST, round(data.std, 6))
     return DataConfig(data.size, data.channels, data.classes, counts, std, data.fingerprint, len(data.train))
 
@@ -103,8 +107,15 @@ def check_length(steps: int | None, duration: str | None) -> None:
         raise UserError("Give --steps or --for, not both.")
     if steps is not None and steps < 1:
         raise UserError(f"--steps {steps} trains nothing; give at least 1.")
-    if duration is not None and seconds_of(duration) < SHORTEST:
-        raise UserError(f"--for {duration} is too short to train anything; give at least {SHORTEST:.0f}s.")
+    check_seconds(None if duration is None else seconds_of(duration), "--for", duration)
+
+
+def check_seconds(seconds: float | None, option: str, words: str | None = None) -> None:
+    """Refuse so short a time that nothing is trained in it."""
+    if seconds is not None and seconds < SHORTEST:
+        raise UserError(
+            f"{option} {words or f'{seconds:g}'} is too short to train anything; give at least {SHORTEST:.0f}s."
+        )
 
 
 def network_for(data: DataConfig) -> UNetConfig:
@@ -228,13 +239,13 @@ def preset(
         UserError: there is no such family.
     """
     network, training = network_for(data), choose(_TRAINING, model, "model")(data, images, gpu)
-    if is_brief(images):
+    if model == "diffusion" and is_brief(images):
         network = narrowed(network)
     if large and model == "diffusion" and (larger := plentiful(data)) is not None:
         network, training = larger
         if images is not None and images >= OFTEN * data.pictures > 0:
             network = dataclasses.replace(network, dropout=DROPOUT)
-    diffusion = DiffusionConfig(augment=changed_for(data, images))
+    diffusion = DiffusionConfig(augment=changed_for(data, images), linear=LINEAR)
     return Config(data, model, network, diffusion, vae=vae_for(data), gan=gan_for(data), training=training)
 
 

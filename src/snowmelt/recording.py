@@ -43,7 +43,9 @@ class Faster:
             raise
         except Exception as error:
             self._give_up(error)
-            return self.plain(*given, **named)
+        # Not before the error, whose frames hold what was recorded, is gone.
+        forget_tried(next(self.network.parameters()).device)
+        return self.plain(*given, **named)
 
 
 @contextmanager

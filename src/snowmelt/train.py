@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 import tomllib
 from functools import partial
@@ -17,7 +16,8 @@ import tyro
 from snowmelt import __version__
 from snowmelt.config import FAMILIES, Config, DataConfig, config_tables
 from snowmelt.errors import UserError, choose, nearest
-from snowmelt.presets import DEFAULT_SECONDS, changed_for, check_length, check_size, facts_of, preset
+from snowmelt.files import make_folder
+from snowmelt.presets import DEFAULT_SECONDS, changed_for, check_length, check_seconds, check_size, facts_of, preset
 from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
@@ -76,7 +76,7 @@ class TrainOptions:
     """Highest learning rate."""
     flip: bool = False
     """Mirror half of the pictures: for things that have no left and right."""
-    seed: int = 0
+    seed: int | None = None
     """Decides the first weights, the order of the pictures, the noise and what is held out."""
     precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
     """auto measures which is faster here."""
@@ -149,25 +149,13 @@ def train(options: TrainOptions) -> Run:
     from snowmelt.run import lock
     from snowmelt.training.session import Here, train_run
 
-    fresh = [parent for parent in (path, *path.parents) if not parent.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock(path):
-            log = Log(say, path / "log.txt")
-            run = _existing(path, options) or _new(path, options, overrides, log)
-            report = train_run(run, Here(options.device, options.workers, options.save_every), log, started)
-    except UserError:
-        _remove_new(path, fresh)
-        raise
+    with make_folder(path, begun="config.toml"), lock(path):
+        log = Log(say, path / "log.txt")
+        run = _existing(path, options) or _new(path, options, overrides, log)
+        report = train_run(run, Here(options.device, options.workers, options.save_every), log, started)
     log(f"Wrote {report}")
     log(f"Finished in {words_of(time.monotonic() - started)}. Draw more with: snowmelt sample {run.path}")
     return run
-
-
-def _remove_new(path: Path, fresh: list[Path]) -> None:
-    """After a refusal leave nothing behind, unless there is a run by now: folders made for it go again."""
-    if fresh and not (path / "config.toml").exists():
-        shutil.rmtree(fresh[-1], ignore_errors=True)
 
 
 def _check(options: TrainOptions) -> None:
@@ -259,6 +247,7 @@ def _refuse_early(options: TrainOptions) -> dict[str, dict[str, Any]]:
 
     overrides = _overrides(options)
     trial = resolve(DataConfig(options.size or 32, 3), options, overrides)
+    check_seconds(trial.training.seconds, "[training] seconds =")
     if options.size is not None:
         check_size(trial)
     if is_prepared(Path(str(options.source))):
@@ -271,9 +260,14 @@ def _refuse_early(options: TrainOptions) -> dict[str, dict[str, Any]]:
 
     check_names(trial)
     device = pick_device(options.device)
-    if options.precision != "auto":
-        make_precision(device, options.precision)
+    if (asked := _precision(options, overrides)) != "auto":
+        make_precision(device, asked)
     return overrides
+
+
+def _precision(options: TrainOptions, overrides: dict[str, dict[str, Any]]) -> str:
+    """The one asked for, or auto."""
+    return options.precision if options.precision != "auto" else overrides["training"].get("precision", "auto")
 
 
 def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log) -> Run:
@@ -300,10 +294,11 @@ def _settled(
     from snowmelt.training.fitting import fitted
 
     source = Path(str(options.source))
-    data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options, say)
+    seed = overrides["training"].get("seed", 0)
+    data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options, seed, say)
     choice, given = partial(resolve, facts_of(data), options, overrides), overrides["training"]
     check_size(choice())
-    asked = options.precision if options.precision != "auto" else given.get("precision", "auto")
+    asked = _precision(options, overrides)
     return fitted(choice, data, pick_device(options.device), asked=asked, given=given, log=log)
 
 
@@ -364,11 +359,15 @@ def resolve(
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
-    usual, own_network = preset(data, options.model), bool(overrides.get("network"))
-    chosen = preset(data, options.model, images=images, gpu=gpu, large=large and not own_network)
+    own_network = bool(overrides.get("network"))
+    choice = partial(preset, data, options.model, gpu=gpu, large=large and not own_network)
+    usual, chosen = choice(), choice(images=images)
     if own_network:
         chosen = dataclasses.replace(chosen, network=usual.network)
     tables = config_tables(dataclasses.replace(chosen, version=__version__))
+    if "predicts" in overrides.get("diffusion", {}):
+        # Whoever chooses it may want to export the run, and no other library shows a network a linear estimate.
+        tables["diffusion"]["linear"] = 0
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]
@@ -380,7 +379,6 @@ def resolve(
         raise UserError("The training is given by steps and by time; leave one of them away.")
     if "steps" not in training:
         training.setdefault("seconds", DEFAULT_SECONDS)
-    training["seconds"] = training.get("seconds") and float(training["seconds"])
     tables = to_tables(tables)
     config = from_table(Config, tables, str(options.config or "the options"))
     if config.training.steps is not None and "augment" not in overrides.get("diffusion", {}):
@@ -390,7 +388,7 @@ def resolve(
     return dataclasses.replace(config, data=data, request=_request(options))
 
 
-def _prepare(out: Path, options: TrainOptions, say: Console) -> Prepared:
+def _prepare(out: Path, options: TrainOptions, seed: int, say: Console) -> Prepared:
     from snowmelt.prepare import PrepareOptions, prepare
 
     return prepare(
@@ -402,7 +400,7 @@ def _prepare(out: Path, options: TrainOptions, say: Console) -> Prepared:
             background=options.background,
             fit=options.fit,
             classes=options.classes,
-            seed=options.seed,
+            seed=seed,
         ),
         say,
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from snowmelt.errors import UserError
+from snowmelt.files import make_folder
 
 try:
     import fcntl
@@ -24,26 +25,23 @@ def publish(out: Path, is_ours: Callable[[Path], bool]) -> Generator[Path]:
     attempts that were killed are removed first.
     """
     _refuse_foreign(out, is_ours)
-    made = _make_parents(out.parent)
-    _clear_leftovers(out)
-    folder = out.with_name(f".{out.name}.preparing-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    lock = None
-    try:
-        folder.mkdir()
-        lock = _lock(folder)
-        yield folder
-        _flush(folder)
-        _replace(folder, out)
-    except BaseException:
+    with make_folder(out.parent):
+        _clear_leftovers(out)
+        folder = out.with_name(f".{out.name}.preparing-{os.getpid()}")
         shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
+        lock = None
+        try:
+            folder.mkdir()
+            lock = _lock(folder)
+            yield folder
+            _flush(folder)
+            _replace(folder, out)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def _refuse_foreign(out: Path, is_ours: Callable[[Path], bool]) -> None:
@@ -55,16 +53,6 @@ def _refuse_foreign(out: Path, is_ours: Callable[[Path], bool]) -> None:
         raise UserError(f"{out} is a file; choose another place with --out.")
     if any(out.iterdir()) and not is_ours(out):
         raise UserError(f"{out} holds files that are not a prepared dataset's; choose another place with --out.")
-
-
-def _make_parents(parent: Path) -> list[Path]:
-    """Make the missing parents; those made, innermost first, so that a failure can take them away again."""
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{parent} cannot be made ({error.strerror}); choose another place with --out.") from error
-    return missing
 
 
 def _clear_leftovers(out: Path) -> None:

@@ -4,6 +4,7 @@
 
 What a network "predicts" is a row of this table and nothing else. The target of F follows by solving for it:
 F* = (x0 - c_skip x) / c_out, which is the noise for "noise", alpha noise - sigma x0 for "v", noise - x0 for "velocity".
+Beside c_in x the backbone may be shown a first estimate of x0, in channels of its own.
 (Karras et al. 2022, arXiv:2206.00364, table 1; Salimans & Ho 2022, arXiv:2202.00512, for v.)
 """
 
@@ -15,6 +16,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from snowmelt.diffusion.linear import LinearEstimate
 from snowmelt.diffusion.noise import alpha_sigma
 from snowmelt.diffusion.schedules import ddpm_time
 from snowmelt.errors import choose
@@ -68,6 +70,7 @@ class Denoiser(nn.Module):
     Args:
         backbone: `net(x, time, cond)`, an x-shaped function, or one with twice the channels: the others then say how
             sure it is (see `share`).
+        first: (x, log_snr, cond) -> an estimate of x0 that the backbone is shown after x, where there is one.
         predicts: a name of `PREDICTS`.
         data_std: standard deviation of the training images in [-1, 1] units; only the "edm" row reads it.
         time_of: log_snr -> the number the backbone is told; the equivalent DDPM step, 0..999.
@@ -79,10 +82,11 @@ class Denoiser(nn.Module):
         predicts: str,
         data_std: float = 0.5,
         *,
+        first: LinearEstimate | None = None,
         time_of: Callable[[Tensor], Tensor] = ddpm_time,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.first = backbone, first
         self.row = choose(PREDICTS, predicts, "prediction")
         self.data_std, self.time_of = data_std, time_of
 
@@ -94,7 +98,10 @@ class Denoiser(nn.Module):
         """All that the backbone says about `x`; where images were changed it is told how."""
         time = self.time_of(log_snr.float()).expand(x.shape[0])
         changed = () if told is None else (told,)
-        return self.backbone(self.coefficients(log_snr, x).c_in * x, time, cond, *changed).to(x.dtype)
+        shown = self.coefficients(log_snr, x).c_in * x
+        if self.first is not None:
+            shown = torch.cat([shown, self.first(x, log_snr, cond).to(shown.dtype)], dim=1)
+        return self.backbone(shown, time, cond, *changed).to(x.dtype)
 
     def network(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
         """F: the x-shaped part of it, before the row turns it into an image."""

@@ -121,6 +121,11 @@ def scheduler_of(diffusion: DiffusionConfig) -> dict[str, Any]:
             f"diffusers knows no network that predicts {diffusion.predicts!r}, whose input or answer is scaled anew at "
             "every level; train with --predicts v to export there, or export with --format onnx."
         )
+    if diffusion.linear:
+        raise UserError(
+            "diffusers knows no network that is shown a linear estimate; train with --predicts v to export there, or "
+            "export with --format onnx."
+        )
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": len(diffusion.betas) or 1000,

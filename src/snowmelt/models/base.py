@@ -6,7 +6,7 @@ The training loop, the verbs and the previews know only these, so they have no b
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -97,6 +97,11 @@ class Model(nn.Module, abc.ABC):
     def compilable(self) -> nn.Module | None:
         """The part that does nearly all of the work in training, where compiling or recording can make it faster."""
         return None
+
+    def study(self, pictures: Iterable[Batch]) -> None:
+        """Take from some training pictures, on the CPU, what is to be known of them before training begins: mostly
+        nothing, and then they are not asked for."""
+        del pictures
 
     @abc.abstractmethod
     def sample(self, noise: NoiseSource, labels: Labels | None, drawing: Drawing) -> Iterator[Step]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import ClassVar
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from snowmelt.config import Config, DiffusionConfig
 from snowmelt.data.stream import Batch
-from snowmelt.device import Precision
+from snowmelt.device import Precision, is_gpu
 from snowmelt.diffusion.denoiser import Denoise, Denoiser, beginning_with, share
 from snowmelt.diffusion.grids import GRIDS, check_grid, given_grid
 from snowmelt.diffusion.guidance import GUIDANCES, THRESHOLDS, once, rescaled, within
 from snowmelt.diffusion.levels import LEVELS, LEVELS_STATE, Drawn
+from snowmelt.diffusion.linear import LinearEstimate
 from snowmelt.diffusion.loss import WEIGHTS, denoising_losses
 from snowmelt.diffusion.noise import add_noise, alpha_sigma
 from snowmelt.diffusion.process import gaussian_kl
@@ -121,9 +122,16 @@ class DiffusionModel(Model):
         """The schedule that sampling takes its levels from, when no other is asked for."""
         out = data.channels * (2 if diffusion.variance == "learned" else 1)
         told = TOLD if diffusion.augment else 0
-        backbone = UNet(config.network, channels=data.channels, classes=len(data.classes), out=out, told=told)
+        first, shown, classes = None, data.channels, len(data.classes)
+        if diffusion.linear:
+            first = LinearEstimate(
+                channels=data.channels, size=data.size, classes=classes, directions=diffusion.linear
+            )
+            shown = 2 * data.channels
+        backbone = UNet(config.network, channels=shown, classes=classes, out=out, told=told)
         betas = diffusion.betas or ddpm_betas()
-        self.denoiser = Denoiser(backbone, diffusion.predicts, data.std, time_of=partial(table_time, betas=betas))
+        time_of = partial(table_time, betas=betas)
+        self.denoiser = Denoiser(backbone, diffusion.predicts, data.std, first=first, time_of=time_of)
         self.uncertainty = Uncertainty() if diffusion.weight == "learned" else Certain()
         self.variances: dict[str, Variance] = dict(VARIANCES)
         """What `Drawing.variance` may name, but "learned"; an estimated one can be added."""
@@ -136,6 +144,11 @@ class DiffusionModel(Model):
     def compilable(self) -> nn.Module:
         """The backbone."""
         return self.denoiser.backbone
+
+    def study(self, pictures: Iterable[Batch]) -> None:
+        """The linear estimate is fitted to them: see `Model`."""
+        if self.denoiser.first is not None:
+            self.denoiser.first.fit(pictures)
 
     def bind(self, labels: Labels | None) -> Asked:
         """The denoiser with its class bound, computing in the run's precision; dropout is off."""
@@ -219,7 +232,7 @@ class DiffusionLearner:
         self.weight = choose(WEIGHTS, self.config.diffusion.weight, "weight")
         self.learns_variance = self.config.diffusion.variance == "learned"
         self.optimizer = Optimizer(model, self.config.training, dtype=model.precision.dtype)
-        self.waits = model.precision.device.type != "cuda"
+        self.waits = not is_gpu(model.precision.device)
         """Whether each step is waited for, or only some: a GPU stands still while it is waited for."""
 
     @property

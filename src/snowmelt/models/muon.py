@@ -35,6 +35,8 @@ The three together take singular values from 0.01 to 1.01 nearest to 1, to betwe
 arXiv:2505.16932, for the principle); the largest is 1, so that some rounding does no harm. bfloat16 is too inexact for
 so steep a first one, and for the polynomials of more than two: four times that of Jordan et al. end between 0.67 and
 1.2."""
+MOMENTUM = "momentum_buffer"
+"""What is kept of each weight."""
 STRIPS, MIRRORED = 4, 256
 """A symmetric product of so many rows or more is computed in strips, on a processor in float32."""
 ROOM = 2**22
@@ -182,9 +184,9 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             assert weight.grad is not None
             if not self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                self.state[weight][MOMENTUM] = torch.zeros_like(weight)
             gradients.append(weight.grad)
-        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+        buffers = [self.state[weight][MOMENTUM] for weight in weights]
         if self.found_inf is None:
             stacks = [torch.empty(len(alike), *alike[0].shape, device=alike[0].device) for alike in shapes]
             directions = [direction for stack in stacks for direction in stack]

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from snowmelt.config import TrainingConfig
-from snowmelt.models.muon import Muon
+from snowmelt.device import is_gpu
+from snowmelt.errors import UserError
+from snowmelt.models.muon import MOMENTUM, Muon
 from snowmelt.recording import Replayed
 
 LEAST = 16
@@ -73,7 +75,7 @@ class Optimizer:
             {"params": [weight for weight in rest.values() if weight.ndim <= 1], "weight_decay": 0.0},
         ]
         # Fused, because it is the fastest on every device.
-        gpu = next(iter(self.updated.values())).is_cuda
+        gpu = is_gpu(next(iter(self.updated.values())).device)
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, fused=True, capturable=gpu)]
         if flat:
             self.parts.append(Muon(flat.values(), weight_decay=decay, dtype=dtype))
@@ -142,14 +144,23 @@ class Optimizer:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave."""
+        """Put back what `tensors` gave.
+
+        Raises:
+            UserError: they are another optimizer's, because the run's config.toml was altered.
+        """
         homes = {weight: part for part in self.parts for group in part.param_groups for weight in group["params"]}
         self.replayed = None
         for part in self.parts:
             part.state.clear()
         for key, value in tensors.items():
             name, quantity = key.rsplit("/", 1)
-            weight = self.updated[name]
+            weight = self.updated.get(name)
+            if weight is None or isinstance(homes[weight], Muon) != (quantity == MOMENTUM):
+                raise UserError(
+                    "The checkpoint is of another optimizer than the run's config.toml names; put config.toml back as "
+                    "it was."
+                )
             # Momenta lie in memory as their weights do: fused steps walk through both alike.
             like = weight.detach() if value.shape == weight.shape else value
             kept = torch.empty_like(like, device=weight.device, dtype=value.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,29 +41,36 @@ def fitted(
     """
     config = choice()
     seconds = config.training.seconds
-    again = partial(measure, data=data, device=device, log=log, given=given)
+    again = partial(measure, data=data, device=device, given=given)
     ask = partial(again, asked=asked, threads=given.get("threads"))
     if seconds is None:
-        measured = ask(config)
-        return measured.settled(config), measured.images_per_second
+        return _told([ask(config)], config, log)
     gpu = is_gpu(device)
     if gpu and (found := _larger(choice, again, ask, seconds, log)) is not None:
         return found
     # On a CPU a brief run, which has the least time to try anything, is tried as it would be: with few pictures a step.
     # Many of them are faster by about as much as a longer run's network is slower.
     config = choice(gpu=True) if gpu else choice(images=0)
-    measured = ask(config, thorough=False)
+    tries = [measured := ask(config, thorough=False)]
     assert measured.images_per_second is not None, "a run by time is measured"
     # How fast it is as it is decides the batch; then it is asked what makes that faster.
     speed = measured.images_per_second
     chosen = choice(images=int(seconds * speed), gpu=gpu)
     batch = chosen.training.batch
     thorough = gpu or LOOKED * batch / speed <= seconds
-    other = chosen.network != config.network
+    other = chosen.architecture != config.architecture
     if thorough or other or batch != config.training.batch:
         precision = asked if other else measured.precision
-        measured = again(chosen, asked=precision, threads=measured.threads, thorough=thorough)
-    return measured.settled(chosen), measured.images_per_second
+        tries.append(again(chosen, asked=precision, threads=measured.threads, thorough=thorough))
+    return _told(tries, chosen, log)
+
+
+def _told(tries: Sequence[Measured], config: Config, log: Callable[[str], object]) -> tuple[Config, float | None]:
+    """What `fitted` returns, by the last measurement; of each decision the last reason is said."""
+    reasons = dict(reason.split(": ", 1) for measured in tries for reason in measured.reasons)
+    for decided, reason in reasons.items():
+        log(f"{decided}: {reason}.")
+    return tries[-1].settled(config), tries[-1].images_per_second
 
 
 def _larger(
@@ -85,16 +92,16 @@ def _larger(
         return int((end - time.monotonic()) * (measured.images_per_second or 0.0))
 
     try:
-        measured = ask(config, thorough=False)
+        tries = [measured := ask(config, thorough=False)]
         if HOPED * images_of(measured) >= LEAST_PLENTIFUL:
-            measured = again(config, asked=measured.precision, threads=measured.threads)
+            tries.append(measured := again(config, asked=measured.precision, threads=measured.threads))
         images = images_of(measured)
         if images >= LEAST_PLENTIFUL:
             log(f"Network: a larger one, which sees {images:,} images.")
             chosen = choice(images=images, gpu=True, large=True)
             if chosen != config:
-                measured = again(chosen, asked=measured.precision, threads=measured.threads)
-            return measured.settled(chosen), measured.images_per_second
+                tries.append(again(chosen, asked=measured.precision, threads=measured.threads))
+            return _told(tries, chosen, log)
         reason = f"a larger one would see {images:,} images"
     except RuntimeError as error:
         # Of memory, mostly.

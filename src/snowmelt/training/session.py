@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from snowmelt.config import Config, TrainingConfig
-from snowmelt.data.prepared import Prepared
+from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.data.stream import Batch, Stream
 from snowmelt.data.workers import cores
 from snowmelt.device import (
@@ -29,7 +30,8 @@ from snowmelt.device import (
     use_tensor_cores,
 )
 from snowmelt.ema import Average
-from snowmelt.errors import Stopped, UserError
+from snowmelt.errors import NO_MEMORY, Stopped, UserError, out_of_memory
+from snowmelt.evaluation.levels import batch_of
 from snowmelt.models import build_learner
 from snowmelt.models.base import Learner
 from snowmelt.networks.group_norm import channels_last_pays
@@ -45,6 +47,10 @@ from snowmelt.training.progress import Progress
 from snowmelt.training.report import write_report
 from snowmelt.training.signals import Stop, catch_signals
 from snowmelt.training.watch import Watch
+
+
+STUDIED, STUDIED_BYTES, SHOWN_AT_ONCE = 4096, 2**28, 64
+"""Pictures that a model sees before training begins: so many, or fewer where they have so many bytes; and at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Measured(NamedTuple):
     layout: str = "default"
     compile: bool = False
     record: bool = False
+    reasons: tuple[str, ...] = ()
+    """For and against each, in words."""
 
     def settled(self, config: Config) -> Config:
         """The configuration with its precision, layout and threads, and whether it is compiled or recorded."""
@@ -97,6 +105,13 @@ def learner_of(config: Config, precision: Precision, failed: Callable[[str], obj
     return learner
 
 
+def study(learner: Learner, data: Prepared) -> None:
+    """Show a model that has learned nothing some of the pictures, for what it is to know of them all along."""
+    rows = spread_rows(data.train, max(1, min(STUDIED, STUDIED_BYTES // data.images[0].nbytes)))
+    some = (rows[begin : begin + SHOWN_AT_ONCE] for begin in range(0, len(rows), SHOWN_AT_ONCE))
+    learner.model.study(batch_of(data, one, torch.device("cpu")) for one in some)
+
+
 def refuse(reason: str) -> None:
     """Of a network that is only tried: it cannot be compiled or recorded."""
     raise RuntimeError(reason)
@@ -109,7 +124,6 @@ def measure(
     *,
     asked: str,
     threads: int | None,
-    log: Callable[[str], object],
     thorough: bool = True,
     given: Collection[str] = (),
 ) -> Measured:
@@ -127,13 +141,14 @@ def measure(
     use_tensor_cores(device)
     names = tuple(DTYPES) if asked == "auto" else (make_precision(device, asked).name,)
     learners: dict[Precision, Learner] = {}
-    stream = Stream(data, batch=config.training.batch, seed=0, flip=False, workers=0, device=device)
-    batch = stream.at(0)
+    # Some pictures will do; a stream would copy them all.
+    batch = batch_of(data, np.resize(data.train, config.training.batch), device)
+    reasons = list[str]()
 
     start = dataclasses.replace(precision_of(config.training, device), compiled=False, recorded=False)
     if "layout" not in given and channels_last_pays(device):
         start = dataclasses.replace(start, layout="channels_last")
-        log("channels_last: yes (its kernels could be compiled).")
+        reasons.append("channels_last: yes (its kernels could be compiled)")
 
     def step(precision: Precision) -> None:
         if precision not in learners:
@@ -147,15 +162,16 @@ def measure(
         step(dataclasses.replace(start, name=precision.name))
 
     seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
-    thorough = thorough and (is_gpu(device) or config.training.seconds is not None)
+    gpu = is_gpu(device)
+    thorough = thorough and (gpu or config.training.seconds is not None)
     timed = config.training.seconds is not None or thorough
     found = faster_precision(device, plain, names=names, timed=timed, seconds=seconds * len(names) / len(DTYPES))
     if found.ratio is not None:
-        log(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here).")
-    best, taken, reasons = dataclasses.replace(start, name=found.precision), found.seconds, list[str]()
+        reasons.append(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here)")
+    best, taken = dataclasses.replace(start, name=found.precision), found.seconds
     if taken is not None:
         # What the person has asked for, whether it pays or not; the rest is tried on top of it.
-        asked_for = [name for name in ("compile", "record") if is_gpu(device) and getattr(config.training, name)]
+        asked_for = [name for name in ("compile", "record") if gpu and getattr(config.training, name)]
         best, taken, _ = improved(
             best, step, before=taken, changes=asked_for, given=given, seconds=seconds / 3, gain=0.0
         )
@@ -164,17 +180,16 @@ def measure(
         changes = [name for name in changes_for(device, length) if name not in given]
         if best.layout == "channels_last":
             changes = [name for name in changes if name != "layout"]
-        if is_gpu(device) and "compile" not in (*changes, *given):
-            log("compiled: no (so short a training does not wait for the compiler).")
-        best, taken, reasons = improved(best, step, before=taken, changes=changes, given=given, seconds=seconds / 3)
-    for reason in reasons:
-        log(f"{reason}.")
+        if gpu and "compile" not in (*changes, *given):
+            reasons.append("compiled: no (so short a training does not wait for the compiler)")
+        best, taken, more = improved(best, step, before=taken, changes=changes, given=given, seconds=seconds / 3)
+        reasons += more
     speed = taken and len(batch.images) / taken
     learners.clear()
     forget_tried(device)
     ways = {"compile": best.compiled, "record": best.recorded}
     ways |= {key: getattr(config.training, key) for key in ways if key in given}
-    return Measured(best.name, threads, speed, best.layout, **ways)
+    return Measured(best.name, threads, speed, best.layout, **ways, reasons=tuple(reasons))
 
 
 def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
@@ -202,6 +217,10 @@ def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
             sentence = not_written(run, groups_of(session), error)
             _try_status(run, str(sentence))
             raise sentence from error
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                _try_status(run, NO_MEMORY)
+            raise
 
 
 def _try_status(run: Run, error: str) -> None:
@@ -221,6 +240,8 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
     use_tensor_cores(device)
     precision = precision_of(config.training, device)
     learner = learner_of(config, precision, lambda why: log(f"The network is computed as it is ({why})."))
+    if run.newest_checkpoint() is None:
+        study(learner, data)
     average = Average(learner.averaged, config.training.average)
     plan = Plan.open(run.path / "plan.json", config.training)
     stream = Stream(
@@ -240,7 +261,7 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
     progress = restore(session)
     run.forget_metrics_after(progress.step)
     if progress.step:
-        session.started = time.monotonic() - progress.elapsed
+        session.started = started - progress.elapsed
         log(f"Continuing {run.path} from step {progress.step}.")
     run.write_status("training", step=progress.step, images=progress.images)
     return session, progress

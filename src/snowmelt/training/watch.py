@@ -200,6 +200,9 @@ class Watch:
         """Draw the preview of this moment, or measure its errors, if there is one and earlier ones left time for it."""
         if not self.plan.due(progress.step, PREVIEWS):
             return
+        if not self.preview_seconds and self.plan.config.seconds:
+            # A resumed run does not know yet.
+            self.foresee()
         previews = self._affords(self.preview_seconds, WATCH_SHARE) and self.spent <= WATCH_SHARE * progress.elapsed
         errors = self._affords(self.errors_seconds, ERRORS_SHARE)
         if self.plan.finished(progress.step) or previews:

@@ -1,0 +1,154 @@
+"""The best linear estimate of a clean image: all that the mean and the covariance of the pictures say of a noisy one.
+
+    x0 = m + sum_i b_i (c_i + alpha v_i / (alpha^2 v_i + sigma^2) (b_i . (x - alpha m) - alpha c_i))
+
+Were pictures spread as a bell curve is, with mean m, c_i farther along b_i where their class is known, and variance v_i,
+this would be the expected picture itself (Wiener's filter). They are not, but where there is much noise hardly anything
+else can be known of them, and a network of few updates is worse there than this formula: linear statistics are what it
+learns first (Wang & Vastola 2024, arXiv:2412.09726). So it is shown the estimate beside the noisy picture; how good
+that is changes how soon something is learned, and not what.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snowmelt.diffusion.noise import alpha_sigma
+from snowmelt.shapes import Images, Labels
+
+FINEST = 32
+"""Places on a side of the pictures whose covariance is measured; larger ones are averaged over squares before."""
+PICTURES = 8
+"""Pictures for each direction, at least: of fewer the variances would be those of these pictures and of no others."""
+LEAST = 1e-6
+"""A variance that stands for none at all."""
+
+
+def square_of(size: int) -> int:
+    """The side of the squares of pixels that are averaged: the least divisor that leaves at most `FINEST` places.
+
+    >>> [square_of(size) for size in (8, 28, 32, 40, 64, 96, 256)]
+    [1, 1, 1, 2, 2, 3, 8]
+    """
+    return next(square for square in range(1, size + 1) if size % square == 0 and size // square <= FINEST)
+
+
+class LinearEstimate(nn.Module):
+    """Estimates clean images from their mean (of each class, too) and covariance along so many `directions`, those in
+    which pictures differ most; along all others one variance stands for all.
+
+    All that it knows are buffers, so that weights that are saved hold them: `fit` measures them once.
+
+    Args:
+        directions: at most; no more than there are places.
+    """
+
+    mean: Tensor
+    """(places,) in coarse pixels."""
+    basis: Tensor
+    """(places, directions): orthonormal; columns of zeros where pictures were too few for them."""
+    centre: Tensor
+    """(classes + 1, directions): what the mean of each class adds along each direction; the last row is of all."""
+    variance: Tensor
+    """(classes + 1, directions): the variance within classes, and in the last row that of all."""
+    rest: Tensor
+    """The variance of a pixel along any other direction."""
+
+    def __init__(self, *, channels: int, size: int, classes: int, directions: int) -> None:
+        super().__init__()
+        self.square = square_of(size)
+        self.coarse = (channels, size // self.square, size // self.square)
+        places, rows = math.prod(self.coarse), classes + 1
+        directions = min(directions, places)
+        self.register_buffer("mean", torch.zeros(places))
+        self.register_buffer("basis", torch.zeros(places, directions))
+        self.register_buffer("centre", torch.zeros(rows, directions))
+        self.register_buffer("variance", torch.zeros(rows, directions))
+        self.register_buffer("rest", torch.ones(()))
+
+    def _coarsened(self, x: Images) -> Tensor:
+        """(batch, places): along the directions of length 1 that squares of pixels are."""
+        return (F.avg_pool2d(x, self.square) * self.square if self.square > 1 else x).flatten(1)
+
+    def _refined(self, coarse: Tensor) -> Images:
+        """The images that lie there along those directions."""
+        images = coarse.reshape(-1, *self.coarse)
+        if self.square == 1:
+            return images
+        return F.interpolate(images, scale_factor=float(self.square), mode="nearest") / self.square
+
+    @torch.no_grad()
+    def fit(self, pictures: Iterable[tuple[Images, Labels | None]]) -> None:
+        """Measure all of it, in batches of pictures in [-1, 1] and their labels."""
+        parts, kinds, total, squares = list[Tensor](), list[Tensor](), 0.0, 0.0
+        for images, labels in pictures:
+            parts.append(self._coarsened(images))
+            kinds += [] if labels is None else [labels]
+            total, squares = total + images.double().sum(0), squares + images.double().square().sum(0)
+        coarse = torch.cat(parts)
+        count, places = coarse.shape
+        spread = float((squares / count - (total / count) ** 2).sum())
+        mean = coarse.mean(0)
+        directions = min(self.basis.shape[1], count // PICTURES)
+        basis, values = _principal(coarse - mean, directions)
+        along = (coarse - mean) @ basis
+        centre, variance = self.centre.new_zeros(len(self.centre), directions), values.repeat(len(self.centre), 1)
+        if kinds:
+            centre[:-1], variance[:-1] = _by_class(along, torch.cat(kinds), len(self.centre) - 1)
+        pixels = places * self.square**2
+        for name, value in (("basis", basis), ("centre", centre), ("variance", variance)):
+            buffer = getattr(self, name)
+            buffer.zero_()
+            buffer[:, :directions] = value
+        self.mean.copy_(mean)
+        self.rest.fill_(max(LEAST, (spread - float(values.sum())) / max(1, pixels - directions)))
+
+    def forward(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
+        """x0 as far as linear statistics know it, of noisy images at one level or one for each, in float32 or better.
+
+        Args:
+            cond: (batch,) labels; None, or the number of classes, for no class.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if x.dtype == torch.float64 else x.float()
+            mean, basis = self.mean.to(x.dtype), self.basis.to(x.dtype)
+            rows = slice(-1, None) if cond is None else cond
+            centre, variance = self.centre[rows].to(x.dtype), self.variance[rows].to(x.dtype)
+            alpha, sigma = alpha_sigma(log_snr.to(x.dtype), x)
+            others = alpha * self.rest / (alpha**2 * self.rest + sigma**2)
+            a, s, rest = (value.reshape(-1, 1) for value in (alpha, sigma, others))
+            along = (self._coarsened(x) - a * mean) @ basis
+            found = centre + a * variance / (a**2 * variance + s**2) * (along - a * centre)
+            return others * x + self._refined((found - rest * along) @ basis.T + (1 - rest * a) * mean)
+
+
+def _principal(centred: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` directions in which rows differ most, as columns, and the variance along each."""
+    if count == 0:
+        return centred.new_zeros(centred.shape[1], 0), centred.new_zeros(0)
+    with torch.random.fork_rng(devices=[]):
+        # It begins with random directions; the same ones every time.
+        torch.manual_seed(0)
+        _, values, basis = torch.pca_lowrank(centred, q=min(count + 8, *centred.shape), center=False, niter=4)
+    return basis[:, :count], values[:count] ** 2 / len(centred)
+
+
+def _by_class(along: Tensor, labels: Labels, classes: int) -> tuple[Tensor, Tensor]:
+    """The mean of each class along each direction, (classes, directions), and the mean variance around it.
+
+    A mean of few pictures is mostly chance: it counts by how far it is beyond that.
+    """
+    centre, within = along.new_zeros(classes, along.shape[1]), torch.zeros_like(along[0])
+    for label in range(classes):
+        some = along[labels == label]
+        if len(some):
+            mean = some.mean(0)
+            chance = along.square().mean(0) / len(some)
+            centre[label] = mean**3 / (mean**2 + chance).clamp(min=LEAST)
+            within += (some - centre[label]).square().sum(0)
+    return centre, within / len(along)
