@@ -71,7 +71,7 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"There is no device {name!r} on this machine; use --device cpu or leave it out.") from error
     device = torch.device(name)
-    if device.type != "cpu" and device.index is not None:
+    if device.type != "cpu" and ":" in name:
         # What is recorded, and what is waited for, is that of the current one.
         torch.accelerator.set_device_index(device.index)
     return device

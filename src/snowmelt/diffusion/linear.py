@@ -2,11 +2,11 @@
 
     x0 = m + sum_i b_i (c_i + alpha v_i / (alpha^2 v_i + sigma^2) (b_i . (x - alpha m) - alpha c_i))
 
-Were pictures spread as a bell curve is, with mean m, c_i farther along b_i where their class is known, and variance v_i,
-this would be the expected picture itself (Wiener's filter). They are not, but where there is much noise hardly anything
-else can be known of them, and a network of few updates is worse there than this formula: linear statistics are what it
-learns first (Wang & Vastola 2024, arXiv:2412.09726). So it is shown the estimate beside the noisy picture; how good
-that is changes how soon something is learned, and not what.
+Were pictures spread as a bell curve is, with mean m, c_i farther along b_i where their class is known, and variance
+v_i, this would be the expected picture itself (Wiener's filter). They are not, but where there is much noise hardly
+anything else can be known of them, and a network of few updates is worse there than this formula: linear statistics
+are what it learns first (Wang & Vastola 2024, arXiv:2412.09726). So it is shown the estimate beside the noisy
+picture; how good that is changes how soon something is learned, and not what.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class LinearEstimate(nn.Module):
     @torch.no_grad()
     def fit(self, pictures: Iterable[tuple[Images, Labels | None]]) -> None:
         """Measure all of it, in batches of pictures in [-1, 1] and their labels."""
-        parts, kinds, total, squares = list[Tensor](), list[Tensor](), 0.0, 0.0
+        parts, kinds = list[Tensor](), list[Tensor]()
+        total = squares = torch.zeros((), dtype=torch.float64)
         for images, labels in pictures:
             parts.append(self._coarsened(images))
             kinds += [] if labels is None else [labels]
@@ -141,7 +142,7 @@ def _principal(centred: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _by_class(along: Tensor, labels: Labels, classes: int) -> tuple[Tensor, Tensor]:
     """The mean of each class along each direction, (classes, directions), and the mean variance around it.
 
-    A mean of few pictures is mostly chance: it counts by how far it is beyond that.
+    A mean of few pictures is mostly chance: it counts by how far its square is beyond that (James & Stein 1961).
     """
     centre, within = along.new_zeros(classes, along.shape[1]), torch.zeros_like(along[0])
     for label in range(classes):
@@ -149,6 +150,6 @@ def _by_class(along: Tensor, labels: Labels, classes: int) -> tuple[Tensor, Tens
         if len(some):
             mean = some.mean(0)
             chance = along.square().mean(0) / len(some)
-            centre[label] = mean**3 / (mean**2 + chance).clamp(min=LEAST)
+            centre[label] = mean * (1 - chance / mean.square().clamp(min=LEAST)).clamp(min=0)
             within += (some - centre[label]).square().sum(0)
     return centre, within / len(along)

@@ -124,9 +124,7 @@ class DiffusionModel(Model):
         told = TOLD if diffusion.augment else 0
         first, shown, classes = None, data.channels, len(data.classes)
         if diffusion.linear:
-            first = LinearEstimate(
-                channels=data.channels, size=data.size, classes=classes, directions=diffusion.linear
-            )
+            first = LinearEstimate(channels=data.channels, size=data.size, classes=classes, directions=diffusion.linear)
             shown = 2 * data.channels
         backbone = UNet(config.network, channels=shown, classes=classes, out=out, told=told)
         betas = diffusion.betas or ddpm_betas()

@@ -48,7 +48,6 @@ from snowmelt.training.report import write_report
 from snowmelt.training.signals import Stop, catch_signals
 from snowmelt.training.watch import Watch
 
-
 STUDIED, STUDIED_BYTES, SHOWN_AT_ONCE = 4096, 2**28, 64
 """Pictures that a model sees before training begins: so many, or fewer where they have so many bytes; and at once."""
 
