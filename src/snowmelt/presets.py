@@ -49,7 +49,7 @@ REPEATED, AUGMENT = 300, 0.15
 OFTEN, DROPOUT = 500, 0.1
 """How often such a network must see each picture to be trained with dropout, which slows learning at first."""
 
-LINEAR = 128
+LINEAR = 64
 """Directions of the linear estimate that a network is shown (docs/recipe.md)."""
 
 GPU_BATCHES = 4

@@ -23,7 +23,7 @@ from snowmelt.shapes import Images, Labels
 
 FINEST = 32
 """Places on a side of the pictures whose covariance is measured; larger ones are averaged over squares before."""
-PICTURES = 8
+PICTURES = 16
 """Pictures for each direction, at least: of fewer the variances would be those of these pictures and of no others."""
 LEAST = 1e-6
 """A variance that stands for none at all."""
