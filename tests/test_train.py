@@ -23,6 +23,7 @@ from snowmelt.presets import (
     BRIEF,
     BRIEF_RATE,
     DROPOUT,
+    LINEAR,
     OFTEN,
     REPEATED,
     SMALLEST_BATCH,
@@ -123,6 +124,13 @@ def test_brief_runs_have_a_small_network_unless_somebody_says_how_it_looks():
     assert resolve(data, options, asked, images=5_000).network == dataclasses.replace(usual, dropout=0.1)
 
 
+def test_whoever_says_what_is_predicted_can_export_the_run():
+    """No other library shows a network a linear estimate; who asks for both has both."""
+    data, options = DataConfig(32, 3), TrainOptions("pictures")
+    for given, directions in (({}, LINEAR), ({"predicts": "v"}, 0), ({"predicts": "v", "linear": 8}, 8)):
+        assert resolve(data, options, {"training": {}, "diffusion": given}).diffusion.linear == directions
+
+
 def test_pictures_that_are_seen_again_and_again_are_changed():
     """Where a run sees each of them 300 times; not where nobody knows how often, or where somebody says otherwise."""
     data = DataConfig(32, 3, pictures=1000)
@@ -149,6 +157,7 @@ def test_only_a_gpu_with_time_has_a_larger_network():
     assert quick.network == usual.network and quick.training.batch == 4 * usual.training.batch
     large = preset(data, "diffusion", gpu=True, large=True)
     assert large.network.channels == (128, 256, 256) and large.training.batch == 512
+    assert (quick.diffusion.linear, large.diffusion.linear) == (LINEAR, 0)
     assert large.training.learning_rate < usual.training.learning_rate
     asked = resolve(data, TrainOptions("pictures"), {"training": {"optimizer": "adamw"}}, gpu=True, large=True)
     assert asked.training.learning_rate == large.training.learning_rate, "whatever takes the steps"

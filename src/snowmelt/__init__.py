@@ -39,6 +39,7 @@ _HOMES = {
     "snowmelt.diffusion.schedules": ("SCHEDULES",),
     "snowmelt.diffusion.grids": ("GRIDS", "time_grid"),
     "snowmelt.diffusion.denoiser": ("Denoiser", "PREDICTS"),
+    "snowmelt.diffusion.linear": ("LinearEstimate",),
     "snowmelt.diffusion.loss": ("WEIGHTS", "denoising_loss"),
     "snowmelt.diffusion.samplers": ("SAMPLERS", "Multistep", "ancestral", "multistep"),
     "snowmelt.diffusion.walk": ("Step", "walk"),

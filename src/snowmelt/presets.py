@@ -50,7 +50,8 @@ OFTEN, DROPOUT = 500, 0.1
 """How often such a network must see each picture to be trained with dropout, which slows learning at first."""
 
 LINEAR = 64
-"""Directions of the linear estimate that a network is shown (docs/recipe.md)."""
+"""Directions of the linear estimate that a network is shown (docs/recipe.md), but for the larger one of a GPU, with
+which it was not measured."""
 
 GPU_BATCHES = 4
 """How many times larger the smaller network's batch is on a GPU, which takes hardly longer for it (docs/recipe.md)."""
@@ -241,11 +242,12 @@ def preset(
     network, training = network_for(data), choose(_TRAINING, model, "model")(data, images, gpu)
     if model == "diffusion" and is_brief(images):
         network = narrowed(network)
+    linear = LINEAR
     if large and model == "diffusion" and (larger := plentiful(data)) is not None:
-        network, training = larger
+        (network, training), linear = larger, 0
         if images is not None and images >= OFTEN * data.pictures > 0:
             network = dataclasses.replace(network, dropout=DROPOUT)
-    diffusion = DiffusionConfig(augment=changed_for(data, images), linear=LINEAR)
+    diffusion = DiffusionConfig(augment=changed_for(data, images), linear=linear)
     return Config(data, model, network, diffusion, vae=vae_for(data), gan=gan_for(data), training=training)
 
 

@@ -98,7 +98,7 @@ class LinearEstimate(nn.Module):
         directions = min(self.basis.shape[1], count // PICTURES)
         basis, values = _principal(coarse - mean, directions)
         along = (coarse - mean) @ basis
-        centre, variance = self.centre.new_zeros(len(self.centre), directions), values.repeat(len(self.centre), 1)
+        centre, variance = values.new_zeros(len(self.centre), directions), values.repeat(len(self.centre), 1)
         if kinds:
             centre[:-1], variance[:-1] = _by_class(along, torch.cat(kinds), len(self.centre) - 1)
         pixels = places * self.square**2
