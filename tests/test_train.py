@@ -120,6 +120,11 @@ def test_brief_runs_have_a_small_network_unless_somebody_says_how_it_looks():
     usual, brief = (preset(data, "diffusion", images=images).network for images in (BRIEF, BRIEF - 1))
     assert usual == preset(data, "diffusion").network == network_for(data)
     assert set(brief.channels) == {usual.channels[0]} and not brief.middle_attention and not any(brief.attention)
+    large = DataConfig(64, 3, pictures=50_000)
+    usual_large, brief_large = (
+        preset(large, "diffusion", images=images).network for images in (2 * BRIEF, 2 * BRIEF - 1)
+    )
+    assert usual_large == network_for(large) != brief_large, "of larger pictures twice as many are few"
     asked = {"training": {}, "network": {"dropout": 0.1}}
     assert resolve(data, options, asked, images=5_000).network == dataclasses.replace(usual, dropout=0.1)
 

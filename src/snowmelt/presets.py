@@ -74,8 +74,9 @@ MOST_AUGMENT = 0.6
 SMALLEST_BATCH = 8
 """Pictures of a step, at least."""
 
-BRIEF, BRIEF_RATE = 20_000, 6e-3
-"""Images below which a run is brief: a narrow network learns most of them, in large steps (docs/recipe.md)."""
+BRIEF, BRIEF_LARGE, BRIEF_RATE = 20_000, 40_000, 6e-3
+"""Images below which a run is brief, of pictures up to 40 pixels and of larger ones: a narrow network learns most of
+them, in large steps (docs/recipe.md)."""
 
 VAES: tuple[tuple[int, VAEConfig], ...] = (
     # up to this size: the network. Most of it works on the smallest map, where pictures pass through fastest.
@@ -159,9 +160,9 @@ def changed_for(data: DataConfig, images: int | None) -> float:
     return AUGMENT if images is not None and images >= REPEATED * data.pictures > 0 else 0.0
 
 
-def is_brief(images: int | None) -> bool:
+def is_brief(data: DataConfig, images: int | None) -> bool:
     """Whether a run is going to see that few."""
-    return images is not None and images < BRIEF
+    return images is not None and images < (BRIEF if data.size <= 40 else BRIEF_LARGE)
 
 
 def narrowed(network: UNetConfig) -> UNetConfig:
@@ -177,7 +178,7 @@ def narrowed(network: UNetConfig) -> UNetConfig:
 
 
 def _diffusion_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
-    brief = is_brief(images)
+    brief = is_brief(data, images)
     # Updates below which smaller batches are better: docs/recipe.md.
     most, rate, updates = (64, 3e-3, 250 if brief else 150) if data.size <= 40 else (32, 2e-3, 300)
     return TrainingConfig(
@@ -240,7 +241,7 @@ def preset(
         UserError: there is no such family.
     """
     network, training = network_for(data), choose(_TRAINING, model, "model")(data, images, gpu)
-    if model == "diffusion" and is_brief(images):
+    if model == "diffusion" and is_brief(data, images):
         network = narrowed(network)
     linear = LINEAR
     if large and model == "diffusion" and (larger := plentiful(data)) is not None:
