@@ -100,7 +100,9 @@ class Denoiser(nn.Module):
         changed = () if told is None else (told,)
         shown = self.coefficients(log_snr, x).c_in * x
         if self.first is not None:
-            shown = torch.cat([shown, self.first(x, log_snr, cond).to(shown.dtype)], dim=1)
+            # As much of it as there is noise: where there is little it says less than x itself.
+            _, sigma = alpha_sigma(log_snr, x)
+            shown = torch.cat([shown, (sigma**2 * self.first(x, log_snr, cond)).to(shown.dtype)], dim=1)
         return self.backbone(shown, time, cond, *changed).to(x.dtype)
 
     def network(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
