@@ -154,7 +154,8 @@ def test_the_network_is_shown_it_beside_the_noisy_picture():
     x0 = gaussian(64, seed=0)
     estimate, log_snr = fitted(x0), torch.tensor(-1.0)
     x0_hat = Denoiser(Backbone(), "velocity", first=estimate)(x0, log_snr)
-    assert torch.equal(seen[0], torch.cat([x0, estimate(x0, log_snr)], 1)) and x0_hat.shape == x0.shape
+    expected = torch.cat([x0, torch.sigmoid(-log_snr) * estimate(x0, log_snr)], 1)
+    assert torch.allclose(seen[0], expected, atol=1e-6) and x0_hat.shape == x0.shape
 
 
 def test_a_model_learns_it_once_and_its_weights_hold_it():
