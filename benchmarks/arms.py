@@ -122,7 +122,7 @@ def trained(config: Config, data: Prepared, options: Options, seed: int) -> tupl
         steps = int(options.seconds * TRIAL / (time.perf_counter() - begin))
     plan = Plan(dataclasses.replace(training, steps=steps), Path(), [(0, steps)])
     learner = build_learner(config, precision())
-    study(learner, data)
+    study(learner, data, flip=training.flip)
     average = Average(learner.averaged, training.average)
     begin = time.perf_counter()
     for step in range(1, steps + 1):

@@ -21,7 +21,9 @@ from conftest import stirred
 from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
+from snowmelt.diffusion import linear
 from snowmelt.diffusion.guidance import clamped
 from snowmelt.diffusion.process import linear_betas, log_snr_table
 from snowmelt.diffusion.samplers import SAMPLERS
@@ -43,6 +45,8 @@ def run_of(path: Path, *, classes: tuple[str, ...] = (), network: UNetConfig = T
     levels = DiffusionConfig(**{"predicts": "v", "schedule": "cosine"} | diffusion)
     run = Run.create(path, Config(data, network=network, diffusion=levels, training=TrainingConfig(steps=5)))
     learner = build_learner(run.config, CPU)
+    labels = torch.arange(64) % len(classes) if classes else None
+    learner.model.study([Batch(torch.randn(64, 3, 8, 8), labels)])
     weights = stirred(learner.model).state_dict()
     groups = {"weights": weights, "average": weights, "optimizer": learner.optimizer_tensors()}
     checkpoint.save(run.checkpoints, 7, groups, Progress(step=7).as_dict())
@@ -380,12 +384,15 @@ def test_notes_of_another_network_are_ignored(tmp_path):
 
 @pytest.mark.parametrize("classes", [(), ("cat", "dog")], ids=["no classes", "classes"])
 @torch.no_grad()
-def test_onnx_answers_alike(tmp_path, classes):
+def test_onnx_answers_alike(tmp_path, monkeypatch, classes):
+    """With a linear estimate of large pictures, too."""
     onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(linear, "FINEST", 4)
     small = UNetConfig(channels=(8,), attention=(False,), head_channels=4)
     network = dataclasses.replace(TINY, patch=2, channels=(8, 16)) if classes else small
     betas = tuple(np.linspace(0.001, 0.05, 200).tolist()) if classes else ()
-    run = run_of(tmp_path / "run", classes=classes, network=network, predicts="v" if classes else "edm", betas=betas)
+    predicts = {"predicts": "v", "linear": 4} if classes else {"predicts": "edm", "linear": 2}
+    run = run_of(tmp_path / "run", classes=classes, network=network, betas=betas, **predicts)
     folder = exported(run, tmp_path / "folder", "--format", "onnx")
     about = json.loads((folder / "denoiser.json").read_text())
     assert (about["size"], about["channels"], about.get("classes", [])) == (8, 3, list(classes))
@@ -585,6 +592,7 @@ def test_an_existing_folder_is_not_touched(sound, tmp_path, capsys):
         ({"predicts": "edm"}, [], "train with --predicts v"),
         ({"predicts": "edm", "classes": ("cat", "dog")}, [], "train with --predicts v"),
         ({"predicts": "velocity"}, [], "train with --predicts v"),
+        ({"linear": 8}, [], "without diffusion.linear"),
         ({"network": dataclasses.replace(TINY, patch=2)}, [], "squares of 2 x 2 pixels"),
         (
             {"network": dataclasses.replace(TINY, attention=(True, True), channels=(8, 32), head_channels=16)},

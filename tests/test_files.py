@@ -27,15 +27,15 @@ def test_what_a_refusal_leaves(tmp_path, begun):
     with pytest.raises(UserError), make_folder(ours, begun="config.toml"):
         (ours / "data").mkdir()
         (ours / ("config.toml" if begun else "log.txt")).write_text("some")
-        if begun:
-            others.mkdir()
-        raise UserError("No.")
-    assert ours.exists() == begun and others.exists() == begun
-    assert (tmp_path / "runs").exists() == begun
-    others.mkdir(parents=True, exist_ok=True)
-    with pytest.raises(UserError), make_folder(ours / "deeper", begun="config.toml"):
+        others.mkdir()
         raise UserError("No.")
     assert others.exists() and ours.exists() == begun
+
+
+def test_a_refusal_takes_the_folders_above_that_it_made(tmp_path):
+    with pytest.raises(UserError), make_folder(tmp_path / "runs" / "deep" / "ours", begun="config.toml"):
+        raise UserError("No.")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("platform", [files.sys.platform, "elsewhere"])

@@ -100,6 +100,19 @@ def test_nothing_but_noise_says_the_mean_of_the_class():
         assert torch.allclose(estimate(noise, lowest, none), x0.mean(0).expand_as(noise), atol=0.01)
 
 
+def test_classes_that_differ_are_believed():
+    """20 classes of eight pictures each, as far from each other as their pictures: most of what is true is left.
+
+    The means of eight are themselves an eighth of a variance away from the truth.
+    """
+    rng = torch.Generator().manual_seed(7)
+    true, labels = torch.randn(20, 1, 2, 2, generator=rng), torch.arange(160) % 20
+    estimate = fitted(true[labels] + torch.randn(160, 1, 2, 2, generator=rng), labels, classes=20)
+    centred = (true - true.mean(0)).flatten(1) @ estimate.basis
+    assert (estimate.centre[:-1] - centred).square().mean() < 0.2 * centred.square().mean()
+    assert estimate.variance[0].mean() < 0.7 * estimate.variance[-1].mean()
+
+
 def test_classes_that_say_nothing_are_hardly_believed():
     """64 classes of four pictures each, by chance: of the squares of their means a third is left, as of chance."""
     x0, labels = gaussian(256, seed=0), torch.arange(256) % 64
@@ -121,6 +134,13 @@ def test_large_pictures_are_looked_at_coarsely():
     # Beyond the directions the variance of a pixel is another one.
     parts = [answer @ one.basis @ one.basis.T for answer, one in ((found, coarse), (expected, doubled))]
     assert torch.allclose(*parts, atol=1e-3)
+
+
+def test_the_mean_of_large_pictures_is_not_coarse():
+    x0 = gaussian(64, seed=0, size=2 * FINEST)
+    noise = torch.randn(1, 1, 2 * FINEST, 2 * FINEST, generator=torch.Generator().manual_seed(6))
+    # At log-SNR -16 some 0.03 % of the noise is still believed.
+    assert torch.allclose(fitted(x0, directions=4)(noise, torch.tensor(-16.0))[0], x0.mean(0), atol=0.01)
 
 
 def test_few_pictures_have_few_directions():

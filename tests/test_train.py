@@ -5,6 +5,7 @@ import doctest
 import errno
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,32 @@ def test_a_run_tells_its_story(pictures, small, tmp_path, monkeypatch):
     assert "Precision" not in (out / "log.txt").read_text(), "an asked-for precision is not measured"
 
 
+@pytest.mark.parametrize("flip", [(), ("--flip",)], ids=["as they are", "mirrored"])
+def test_a_network_is_shown_what_its_pictures_say(pictures, small, tmp_path, flip):
+    """From the first step on, in the weights and in their average, and the same when it begins again."""
+    out = tmp_path / "run"
+    assert start(pictures, out, small, "--steps", "2", *flip) == 0
+    run = Run.open(out)
+
+    def known(name: str) -> dict[str, torch.Tensor]:
+        tensors = checkpoint.load(run.newest_checkpoint(), name)
+        return {key: tensor for key, tensor in tensors.items() if ".first." in key}
+
+    weights, average, data = known("weights"), known("average"), open_prepared(out / "data")
+    mean = torch.from_numpy(data.images[data.train] / 127.5 - 1).mean(0).permute(2, 0, 1).float()
+    found = weights["denoiser.first.mean"]
+    if flip:
+        # Every other one is mirrored: as good as symmetric, for pictures that differ by chance only.
+        mean = (mean + mean.flip(2)) / 2
+    assert torch.allclose(found, mean, atol=0.1 if flip else 1e-5)
+    assert weights["denoiser.first.basis"].norm() > 0
+    assert all(torch.equal(average[key], tensor) for key, tensor in weights.items())
+    shutil.rmtree(run.checkpoints)
+    run.write_status("stopped")
+    assert cli(["train", "--resume", str(out)]) == 0
+    assert all(torch.equal(known("weights")[key], tensor) for key, tensor in weights.items())
+
+
 def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
     before = set(tmp_path.iterdir())
     assert start(pictures, tmp_path / "run", small, "--for", "60s", "--plan") == 0
@@ -129,10 +156,11 @@ def test_brief_runs_have_a_small_network_unless_somebody_says_how_it_looks():
     assert resolve(data, options, asked, images=5_000).network == dataclasses.replace(usual, dropout=0.1)
 
 
-def test_whoever_says_what_is_predicted_can_export_the_run():
+def test_whoever_asks_for_what_others_predict_can_export_the_run():
     """No other library shows a network a linear estimate; who asks for both has both."""
     data, options = DataConfig(32, 3), TrainOptions("pictures")
-    for given, directions in (({}, LINEAR), ({"predicts": "v"}, 0), ({"predicts": "v", "linear": 8}, 8)):
+    kinds = ({}, LINEAR), ({"predicts": "v"}, 0), ({"predicts": "v", "linear": 8}, 8), ({"predicts": "edm"}, LINEAR)
+    for given, directions in kinds:
         assert resolve(data, options, {"training": {}, "diffusion": given}).diffusion.linear == directions
 
 

@@ -53,6 +53,10 @@ LINEAR = 64
 """Directions of the linear estimate that a network is shown (docs/recipe.md), but for the larger one of a GPU, with
 which it was not measured."""
 
+EXPORTED = ("noise", "image", "v")
+"""What other libraries' networks predict: whoever asks for that may want to export the run, and they are shown no
+linear estimate."""
+
 GPU_BATCHES = 4
 """How many times larger the smaller network's batch is on a GPU, which takes hardly longer for it (docs/recipe.md)."""
 

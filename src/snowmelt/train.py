@@ -17,7 +17,16 @@ from snowmelt import __version__
 from snowmelt.config import FAMILIES, Config, DataConfig, config_tables
 from snowmelt.errors import UserError, choose, nearest
 from snowmelt.files import make_folder
-from snowmelt.presets import DEFAULT_SECONDS, changed_for, check_length, check_seconds, check_size, facts_of, preset
+from snowmelt.presets import (
+    DEFAULT_SECONDS,
+    EXPORTED,
+    changed_for,
+    check_length,
+    check_seconds,
+    check_size,
+    facts_of,
+    preset,
+)
 from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import Log, console, seconds_of, words_of
 
@@ -76,7 +85,7 @@ class TrainOptions:
     """Highest learning rate."""
     flip: bool = False
     """Mirror half of the pictures: for things that have no left and right."""
-    seed: int | None = None
+    seed: int = 0
     """Decides the first weights, the order of the pictures, the noise and what is held out."""
     precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
     """auto measures which is faster here."""
@@ -325,7 +334,7 @@ def _overrides(options: TrainOptions) -> dict[str, dict[str, Any]]:
             "optimizer": options.optimizer,
             "learning_rate": options.learning_rate,
             "flip": options.flip or None,
-            "seed": options.seed,
+            "seed": options.seed or None,
             "steps": options.steps,
             "seconds": None if options.duration is None else seconds_of(options.duration),
         },
@@ -365,8 +374,7 @@ def resolve(
     if own_network:
         chosen = dataclasses.replace(chosen, network=usual.network)
     tables = config_tables(dataclasses.replace(chosen, version=__version__))
-    if "predicts" in overrides.get("diffusion", {}):
-        # Whoever chooses it may want to export the run, and no other library shows a network a linear estimate.
+    if overrides.get("diffusion", {}).get("predicts") in EXPORTED:
         tables["diffusion"]["linear"] = 0
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}

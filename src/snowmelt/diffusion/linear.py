@@ -49,9 +49,9 @@ class LinearEstimate(nn.Module):
     """
 
     mean: Tensor
-    """(places,) in coarse pixels."""
+    """(channels, height, width)."""
     basis: Tensor
-    """(places, directions): orthonormal; columns of zeros where pictures were too few for them."""
+    """(places, directions), in coarse pixels: orthonormal; columns of zeros where pictures were too few for them."""
     centre: Tensor
     """(classes + 1, directions): what the mean of each class adds along each direction; the last row is of all."""
     variance: Tensor
@@ -65,7 +65,7 @@ class LinearEstimate(nn.Module):
         self.coarse = (channels, size // self.square, size // self.square)
         places, rows = math.prod(self.coarse), classes + 1
         directions = min(directions, places)
-        self.register_buffer("mean", torch.zeros(places))
+        self.register_buffer("mean", torch.zeros(channels, size, size))
         self.register_buffer("basis", torch.zeros(places, directions))
         self.register_buffer("centre", torch.zeros(rows, directions))
         self.register_buffer("variance", torch.zeros(rows, directions))
@@ -90,27 +90,26 @@ class LinearEstimate(nn.Module):
         for images, labels in pictures:
             parts.append(self._coarsened(images))
             kinds += [] if labels is None else [labels]
-            total, squares = total + images.double().sum(0), squares + images.double().square().sum(0)
+            total, squares = total + images.sum(0).double(), squares + images.square().sum(0).double()
         coarse = torch.cat(parts)
-        count, places = coarse.shape
-        spread = float((squares / count - (total / count) ** 2).sum())
-        mean = coarse.mean(0)
+        count, mean = len(coarse), total / len(coarse)
+        spread = float((squares / count - mean**2).sum())
+        coarse -= self._coarsened(mean.float()[None])
         directions = min(self.basis.shape[1], count // PICTURES)
-        basis, values = _principal(coarse - mean, directions)
-        along = (coarse - mean) @ basis
+        basis, values = _principal(coarse, directions)
+        along = coarse @ basis
         centre, variance = values.new_zeros(len(self.centre), directions), values.repeat(len(self.centre), 1)
         if kinds:
             centre[:-1], variance[:-1] = _by_class(along, torch.cat(kinds), len(self.centre) - 1)
-        pixels = places * self.square**2
         for name, value in (("basis", basis), ("centre", centre), ("variance", variance)):
             buffer = getattr(self, name)
             buffer.zero_()
             buffer[:, :directions] = value
         self.mean.copy_(mean)
-        self.rest.fill_(max(LEAST, (spread - float(values.sum())) / max(1, pixels - directions)))
+        self.rest.fill_(max(LEAST, (spread - float(values.sum())) / max(1, mean.numel() - directions)))
 
     def forward(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
-        """x0 as far as linear statistics know it, of noisy images at one level or one for each, in float32 or better.
+        """x0 as far as linear statistics know it, of noisy images at one level or one for each; never in bfloat16.
 
         Args:
             cond: (batch,) labels; None, or the number of classes, for no class.
@@ -121,11 +120,12 @@ class LinearEstimate(nn.Module):
             rows = slice(-1, None) if cond is None else cond
             centre, variance = self.centre[rows].to(x.dtype), self.variance[rows].to(x.dtype)
             alpha, sigma = alpha_sigma(log_snr.to(x.dtype), x)
+            centred = x - alpha * mean
             others = alpha * self.rest / (alpha**2 * self.rest + sigma**2)
             a, s, rest = (value.reshape(-1, 1) for value in (alpha, sigma, others))
-            along = (self._coarsened(x) - a * mean) @ basis
+            along = self._coarsened(centred) @ basis
             found = centre + a * variance / (a**2 * variance + s**2) * (along - a * centre)
-            return others * x + self._refined((found - rest * along) @ basis.T + (1 - rest * a) * mean)
+            return mean + others * centred + self._refined((found - rest * along) @ basis.T)
 
 
 def _principal(centred: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -144,12 +144,8 @@ def _by_class(along: Tensor, labels: Labels, classes: int) -> tuple[Tensor, Tens
 
     A mean of few pictures is mostly chance: it counts by how far its square is beyond that (James & Stein 1961).
     """
-    centre, within = along.new_zeros(classes, along.shape[1]), torch.zeros_like(along[0])
-    for label in range(classes):
-        some = along[labels == label]
-        if len(some):
-            mean = some.mean(0)
-            chance = along.square().mean(0) / len(some)
-            centre[label] = mean * (1 - chance / mean.square().clamp(min=LEAST)).clamp(min=0)
-            within += (some - centre[label]).square().sum(0)
-    return centre, within / len(along)
+    counts = torch.bincount(labels, minlength=classes)[:, None]
+    means = torch.zeros(classes, along.shape[1]).index_add_(0, labels, along) / counts.clamp(min=1)
+    within = (along - means[labels]).square().sum(0) / max(1, len(along) - int((counts > 0).sum()))
+    centre = means * (1 - within / (counts * means.square()).clamp(min=LEAST)).clamp(min=0)
+    return centre, (along - centre[labels]).square().mean(0)

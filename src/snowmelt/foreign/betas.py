@@ -123,8 +123,8 @@ def scheduler_of(diffusion: DiffusionConfig) -> dict[str, Any]:
         )
     if diffusion.linear:
         raise UserError(
-            "diffusers knows no network that is shown a linear estimate; train with --predicts v to export there, or "
-            "export with --format onnx."
+            "diffusers knows no network that is shown a linear estimate; train with --predicts v and without "
+            "diffusion.linear to export there, or export with --format onnx."
         )
     return {
         "_class_name": "DDPMScheduler",

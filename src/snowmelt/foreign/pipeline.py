@@ -175,6 +175,8 @@ def _notes(path: Path, pictures: Pictures, read: DiffusionConfig) -> tuple[DataC
         (diffusion.predicts, read.predicts),
         (diffusion.betas, read.betas),
         (diffusion.variance, read.variance),
+        (diffusion.linear, read.linear),
+        (diffusion.augment, read.augment),
     ]
     return (data, diffusion) if all(ours == theirs for ours, theirs in same) else (None, read)
 

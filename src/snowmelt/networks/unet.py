@@ -93,9 +93,9 @@ class UNet(nn.Module):
     """`net(x, time, cond) -> like x`.
 
     Args:
-        channels: of the images.
+        channels: of what it is shown.
         classes: how many; 0 for none. The label `classes` stands for "no class".
-        out: channels of the answer; those of the images when not given.
+        out: channels of the answer; as many when not given.
         told: numbers that say how images were changed; 0 for none.
     """
 

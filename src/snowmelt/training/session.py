@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ from snowmelt.training.report import write_report
 from snowmelt.training.signals import Stop, catch_signals
 from snowmelt.training.watch import Watch
 
-STUDIED, STUDIED_BYTES, SHOWN_AT_ONCE = 4096, 2**28, 64
+STUDIED, STUDIED_BYTES, AT_ONCE_BYTES = 4096, 2**29, 2**21
 """Pictures that a model sees before training begins: so many, or fewer where they have so many bytes; and at once."""
 
 
@@ -104,11 +105,23 @@ def learner_of(config: Config, precision: Precision, failed: Callable[[str], obj
     return learner
 
 
-def study(learner: Learner, data: Prepared) -> None:
-    """Show a model that has learned nothing some of the pictures, for what it is to know of them all along."""
-    rows = spread_rows(data.train, max(1, min(STUDIED, STUDIED_BYTES // data.images[0].nbytes)))
-    some = (rows[begin : begin + SHOWN_AT_ONCE] for begin in range(0, len(rows), SHOWN_AT_ONCE))
-    learner.model.study(batch_of(data, one, torch.device("cpu")) for one in some)
+def study(learner: Learner, data: Prepared, *, flip: bool) -> None:
+    """Show a model that has learned nothing some of the pictures, for what it is to know of them all along.
+
+    Args:
+        flip: mirror half of them, as training will.
+    """
+    size = data.images[0].nbytes
+    rows, count = spread_rows(data.train, max(1, min(STUDIED, STUDIED_BYTES // size))), max(1, AT_ONCE_BYTES // size)
+
+    def batches() -> Iterator[Batch]:
+        for begin in range(0, len(rows), count):
+            images, labels = batch_of(data, rows[begin : begin + count], torch.device("cpu"))
+            if flip:
+                images[::2] = images[::2].flip(3)
+            yield Batch(images, labels)
+
+    learner.model.study(batches())
 
 
 def refuse(reason: str) -> None:
@@ -202,7 +215,7 @@ def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
         UserError: see `fit`, `restore` and `Run.open_pictures`.
     """
     data = run.open_pictures()
-    with catch_signals() as stop:
+    with catch_signals() as stop, _told_if_out_of_memory(run):
         session, progress = _set_up(run, data, here, log, stop, started)
         try:
             return _train(session, progress)
@@ -216,10 +229,17 @@ def train_run(run: Run, here: Here, log: Log, started: float) -> Path:
             sentence = not_written(run, groups_of(session), error)
             _try_status(run, str(sentence))
             raise sentence from error
-        except (MemoryError, RuntimeError) as error:
-            if out_of_memory(error):
-                _try_status(run, NO_MEMORY)
-            raise
+
+
+@contextmanager
+def _told_if_out_of_memory(run: Run) -> Generator[None]:
+    """Within it a run without memory is written down as failed; it is the command line that says the sentence."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            _try_status(run, NO_MEMORY)
+        raise
 
 
 def _try_status(run: Run, error: str) -> None:
@@ -240,7 +260,7 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
     precision = precision_of(config.training, device)
     learner = learner_of(config, precision, lambda why: log(f"The network is computed as it is ({why})."))
     if run.newest_checkpoint() is None:
-        study(learner, data)
+        study(learner, data, flip=config.training.flip)
     average = Average(learner.averaged, config.training.average)
     plan = Plan.open(run.path / "plan.json", config.training)
     stream = Stream(

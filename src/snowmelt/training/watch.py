@@ -200,12 +200,13 @@ class Watch:
         """Draw the preview of this moment, or measure its errors, if there is one and earlier ones left time for it."""
         if not self.plan.due(progress.step, PREVIEWS):
             return
-        if not self.preview_seconds and self.plan.config.seconds:
+        finished = self.plan.finished(progress.step)
+        if not (finished or self.preview_seconds) and self.plan.config.seconds:
             # A resumed run does not know yet.
             self.foresee()
         previews = self._affords(self.preview_seconds, WATCH_SHARE) and self.spent <= WATCH_SHARE * progress.elapsed
         errors = self._affords(self.errors_seconds, ERRORS_SHARE)
-        if self.plan.finished(progress.step) or previews:
+        if finished or previews:
             self.preview(progress)
         elif errors and self.spent_on_errors <= ERRORS_SHARE * progress.elapsed:
             begin = time.monotonic()
