@@ -1,5 +1,6 @@
 """The command line: instant help, and for every ordinary mistake one sentence, exit code 2, and nothing written."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def test_without_memory_there_is_a_sentence(here, capsys, monkeypatch, kind):
     """torch says so in words only, where a processor has no more."""
     import torch
 
-    from snowmelt import train
+    train = importlib.import_module("snowmelt.train")
 
     def greedy(_options):
         if kind == "torch on a processor":
