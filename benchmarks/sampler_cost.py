@@ -15,14 +15,14 @@ from statistics import median
 
 import torch
 
-from snowmelt.config import Config, DataConfig
+from snowmelt.config import DataConfig
 from snowmelt.device import Precision
 from snowmelt.diffusion.grids import GRIDS
 from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.schedules import cosine
 from snowmelt.models import build_model
 from snowmelt.models.diffusion import DiffusionModel
-from snowmelt.presets import network_for
+from snowmelt.presets import preset
 
 STEPS = 20
 ROUNDS = 7
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     batch = parser.parse_args().batch
     data = DataConfig(28, 1, tuple("0123456789"), (1,) * 10, 0.6)
-    model = build_model(Config(data, network=network_for(data)), Precision(torch.device("cpu")))
+    model = build_model(preset(data, "diffusion"), Precision(torch.device("cpu")))
     assert isinstance(model, DiffusionModel)
     x, labels, noise = (
         torch.randn(batch, 1, 28, 28),

@@ -10,7 +10,8 @@ everywhere. A step is what each system does for one batch:
     diffusers bf16  the same under bf16 autocast, as somebody who knows would add
     snowmelt        what `snowmelt train` does, in the precision that it would choose here
 
-The network `default` is the one that `snowmelt train` takes for such pictures, and only Snowmelt trains it.
+The network `default` is the one that `snowmelt train` takes for such pictures, and only Snowmelt trains it; to it alone
+the linear estimate is shown.
 
 Shares are of what this machine's convolutions reach alone in the same format (3 x 3 with 128 channels, forward and
 backward, in turn too). Operations are those of the network's forward and backward pass with direct convolutions, the
@@ -108,12 +109,12 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     import numpy as np
     import torch
 
-    from snowmelt.config import Config, TrainingConfig
+    from snowmelt.config import Config, DiffusionConfig, TrainingConfig
     from snowmelt.data.prepared import Prepared
     from snowmelt.data.stream import Stream
     from snowmelt.ema import Average
     from snowmelt.models import build_learner
-    from snowmelt.presets import facts_of
+    from snowmelt.presets import LINEAR, facts_of
     from snowmelt.seeds import generator
     from snowmelt.training.session import measure as measured
     from snowmelt.training.session import precision_of
@@ -121,7 +122,12 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     pixels = np.random.default_rng(0).integers(0, 256, (PICTURES, SIZE, SIZE, CHANNELS), dtype=np.uint8)
     rows = np.arange(PICTURES)
     data = Prepared(Path(), pixels, None, (), None, rows, rows[:0], 0.0, 0.5, "benchmark")
-    config = Config(facts_of(data), network=unet_of(network), training=TrainingConfig(steps=100_000, batch=batch))
+    config = Config(
+        facts_of(data),
+        network=unet_of(network),
+        diffusion=DiffusionConfig(linear=LINEAR if network == DEFAULT else 0),
+        training=TrainingConfig(steps=100_000, batch=batch),
+    )
     cpu = torch.device("cpu")
     threads = torch.get_num_threads()
     config = measured(config, data, cpu, asked="auto", threads=threads).settled(config)
