@@ -27,9 +27,10 @@ from snowmelt.diffusion import linear
 from snowmelt.diffusion.guidance import clamped
 from snowmelt.diffusion.process import linear_betas, log_snr_table
 from snowmelt.diffusion.samplers import SAMPLERS
-from snowmelt.foreign.betas import diffusion_of
+from snowmelt.foreign.betas import PREDICTIONS, diffusion_of
 from snowmelt.models import build_learner
 from snowmelt.models.diffusion import DiffusionModel
+from snowmelt.presets import EXPORTED
 from snowmelt.run import Run
 from snowmelt.training.progress import Progress
 
@@ -614,6 +615,11 @@ def test_mistakes_in_exporting(tmp_path, capsys, made, words, said):
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and "Traceback" not in err, err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_may_be_exported_is_what_others_predict():
+    """The names that presets know without torch."""
+    assert set(EXPORTED) == set(PREDICTIONS.values())
 
 
 def test_the_tables_are_those_of_diffusers():

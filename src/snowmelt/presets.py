@@ -75,6 +75,9 @@ FEW, PLENTY = 1000, 20_000
 """Training pictures below which the critic sees changed ones most often, and from which on never."""
 MOST_AUGMENT = 0.6
 
+SMALL = 40
+"""Pixels on a side of pictures that enter as they are, and that are trained on in larger batches."""
+
 SMALLEST_BATCH = 8
 """Pictures of a step, at least."""
 
@@ -166,7 +169,7 @@ def changed_for(data: DataConfig, images: int | None) -> float:
 
 def is_brief(data: DataConfig, images: int | None) -> bool:
     """Whether a run is going to see that few."""
-    return images is not None and images < (BRIEF if data.size <= 40 else BRIEF_LARGE)
+    return images is not None and images < (BRIEF if data.size <= SMALL else BRIEF_LARGE)
 
 
 def narrowed(network: UNetConfig) -> UNetConfig:
@@ -184,7 +187,7 @@ def narrowed(network: UNetConfig) -> UNetConfig:
 def _diffusion_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
     brief = is_brief(data, images)
     # Updates below which smaller batches are better: docs/recipe.md.
-    most, rate, updates = (64, 3e-3, 250 if brief else 150) if data.size <= 40 else (32, 2e-3, 300)
+    most, rate, updates = (64, 3e-3, 250 if brief else 150) if data.size <= SMALL else (32, 2e-3, 300)
     return TrainingConfig(
         batch=batch_for(images, most=most * (GPU_BATCHES if gpu else 1), updates=updates),
         learning_rate=BRIEF_RATE if brief else rate,
@@ -205,7 +208,7 @@ def batch_for(images: int | None, *, most: int, updates: int) -> int:
 
 def _vae_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
     del images, gpu
-    small = data.size <= 40
+    small = data.size <= SMALL
     return TrainingConfig(batch=64 if small else 32, learning_rate=3e-3 if small else 2e-3)
 
 
