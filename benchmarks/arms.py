@@ -7,8 +7,8 @@ An arm is the preset for these pictures with the named values in the place of it
 "" is the preset as it is. `--seconds` are those of the training alone: an arm's own speed is measured first, and
 its steps follow from that, so that a slower arm sees fewer pictures. The loss is that of held-out pictures, with
 the average weights: the error of v whatever an arm predicts, mean over log-SNRs from -8 to 6; with `--samples`
-pictures are drawn too, and their Frechet distance to held-out ones measured in the space of the encoder trained on
-the folder. Results go on in a file, so that an arm that was run before is not run again.
+pictures are drawn too, and their Frechet distances measured as `snowmelt evaluate` measures them. Results go on in a
+file, so that an arm that was run before is not run again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from contest import found_in
 from snowmelt.config import Config, config_tables
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared, open_prepared, spread_rows
@@ -161,7 +162,7 @@ def measured(learner: Learner, average: Average, data: Prepared, options: Option
 
 def main(options: Options) -> None:
     """Train and measure every arm with every seed; the table after each."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    found_in(options.out, samples=options.samples, held_out=options.held_out, threads=options.threads)
     torch.set_num_threads(options.threads or cores())
     keep_memory()
     data, file = opened(options), options.out / "found.json"

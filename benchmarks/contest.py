@@ -42,6 +42,16 @@ def data_of(source: str, out: Path, size: int | None = None) -> Path:
     return data
 
 
+def found_in(out: Path, **settings: object) -> dict[str, Any]:
+    """What a benchmark found before in `out`, by name; it has to have been with the same settings."""
+    out.mkdir(parents=True, exist_ok=True)
+    told, file, found = json.loads(json.dumps(settings, default=str)), out / "settings.json", out / "found.json"
+    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != told:
+        raise SystemExit(f"{out} holds what was found with {before}, not {told}; choose another --out.")
+    file.write_text(json.dumps(told, indent=1), encoding="utf-8")
+    return json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
+
+
 def updates_in(seconds: float, trial: Rival, device: torch.device = CPU) -> int:
     """How many updates of a rival fit into so many seconds, seen on a few after one to warm up."""
     trial.step()
@@ -66,7 +76,10 @@ def train_for(seconds: float, rival: Rival, device: torch.device = CPU) -> int:
 def train_snowmelt(data: Path, seconds: float, run: Path, seed: int, *more: str) -> dict[str, Any]:
     """A run of `snowmelt train --for`, and what it says of itself."""
     words = ["train", str(data), "--for", f"{seconds:.0f}s", "--out", str(run), "--seed", str(seed), *more]
-    subprocess.run([sys.executable, "-m", "snowmelt", *words], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "snowmelt", *words], capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        done.check_returncode()
     return json.loads((run / "status.json").read_text(encoding="utf-8"))
 
 

@@ -8,7 +8,7 @@ and four that are given, by --config, what somebody might set by hand:
 
     small batches   16 pictures, which makes most updates
     large batches   64 pictures
-    wide            twice the channels, 32 pictures, and two thirds of the learning rate
+    wide            twice the channels, 32 pictures, and a learning rate of 0.002
     patches         squares of pixels enter as one place, which leaves a quarter of the places on the widest map;
                     32 pictures
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,8 @@ def cell(data: Path, minutes: float, name: str, options: Options, *, taken: floa
         settings.write_text(presets(facts_of(prepared))[name], encoding="utf-8")
         more = ["--config", str(settings)]
     if taken is None:
+        # Of a cell that was stopped: a run that is finished would not be trained.
+        shutil.rmtree(folder, ignore_errors=True)
         begin = time.monotonic()
         train_snowmelt(data, 60 * minutes, folder, options.seed, *more)
         taken = time.monotonic() - begin
@@ -134,10 +137,10 @@ def cell(data: Path, minutes: float, name: str, options: Options, *, taken: floa
 
 def main(options: Options) -> None:
     """Run every cell, and print the table after each."""
-    from contest import data_of
+    from contest import data_of, found_in
     from snowmelt.data.prepared import is_prepared
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    found_in(options.out, size=options.size, samples=options.samples, seed=options.seed)
     file = options.out / "found.json"
     for source in options.sources:
         # A prepared dataset lies in a folder that tells more than its own name, mostly "data".

@@ -4,7 +4,7 @@
 
 A way is SAMPLER:STEPS, with @GUIDANCE where there is some; `tuned` stands for what `snowmelt tune` has found for so
 many steps. Every way draws the same pictures (by seed and number, each of the same class) and is measured as `snowmelt
-evaluate` measures, against held-out pictures. The ratio is to the first way, by the Frechet distance in the first
+evaluate` measures. The ratio is to the first way, by the Frechet distance in the first
 space; evaluations are those of the network for one picture, counted.
 """
 
@@ -27,6 +27,7 @@ from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import in_spaces, order_of, spaces_of
 from snowmelt.evaluation.drawing import make_ready
 from snowmelt.evaluation.metrics import Figure
+from snowmelt.models import check_drawing
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
@@ -72,6 +73,7 @@ def order_for(run: Run, options: Options, way: str) -> Order:
     order = order_of(run, asked)
     if name == "tuned" and not order.drawing.levels:
         raise UserError(f"{run.path} has no tuned levels for {steps} steps; run snowmelt tune first.")
+    check_drawing(order.drawing, classes=bool(run.config.data.classes))
     return order
 
 
@@ -107,7 +109,7 @@ def main(options: Options) -> None:
     run, log = Run.open(options.run), Log(console(), options.run / "log.txt")
     data = run.open_pictures()
     spaces = spaces_of(data, EvaluateOptions(options.run, spaces=options.spaces), log)
-    model, _ = run.load_model(Precision(torch.device("cpu")))
+    model, state = run.load_model(Precision(torch.device("cpu")))
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step.")
     orders = {way: order_for(run, options, way) for way in options.ways}
@@ -119,7 +121,7 @@ def main(options: Options) -> None:
     found: dict[str, dict[str, object]] = {}
     first = 0.0
     for way, order in orders.items():
-        make_ready(run, model, order.drawing)
+        make_ready(run, state, model, order.drawing)
         drawn = draw(order, 0)
         figures: Sequence[Figure] = in_spaces(spaces, data, drawn, seed=options.seed, names=NAMES)
         distance = figures[0].value or float("nan")

@@ -10,9 +10,10 @@ parameters) in fp32 or, as `diffusers bf16`, under autocast. Its batch is that o
     images/s     while training: the median over a run of Snowmelt, the mean of a rival
     of the peak  operations of the network's forward and backward pass, as torch counts them, times images/s, over
                  what the GPU's makers say of dense products in bf16
-    distances    Frechet, to held-out pictures, of `--samples` pictures in the offline spaces, drawn with 35, 10 and 5
-                 evaluations (Heun and UniPC), at the same levels for all, which are those of Snowmelt's schedule;
-                 in fp32; Snowmelt draws pictures of its classes, as often as the folder has them
+    distances    Frechet, to the pictures that `snowmelt evaluate` would take, of `--samples` pictures in the offline
+                 spaces, drawn with 35, 10 and 5 evaluations (Heun and UniPC), at the same levels for all, which are
+                 those of Snowmelt's schedule; in fp32; Snowmelt draws pictures of its classes, as often as the folder
+                 has them
 
 Ratios (x) are to the best rival of the same minutes, above 1 where this one is better. Without a GPU it only shows
 that it works; `snowmelt train` then takes 30 s, its least:
@@ -42,7 +43,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from contest import data_of, drawn, train_for, train_snowmelt, updates_in
+from contest import data_of, drawn, found_in, train_for, train_snowmelt, updates_in
 from rivals import diffusers
 from snowmelt.config import DataConfig, UNetConfig
 from snowmelt.data.pixels import to_images, to_pixels
@@ -50,6 +51,7 @@ from snowmelt.data.prepared import Prepared, open_prepared
 from snowmelt.data.workers import cores
 from snowmelt.device import Precision, pick_device
 from snowmelt.diffusion.denoiser import Denoise
+from snowmelt.errors import choose
 from snowmelt.evaluating.draw import Drawn
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import in_spaces, spaces_of
@@ -74,6 +76,7 @@ PEAKS: dict[str, float] = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+CONTESTANTS = ("diffusers", "diffusers bf16", "snowmelt")
 WAYS: dict[int, tuple[str, int]] = {35: ("heun", 18), 10: ("unipc", 10), 5: ("unipc", 5)}
 """By evaluations of the network: sampler and steps."""
 
@@ -85,7 +88,7 @@ class Options:
     source: tyro.conf.Positional[str]
     """A folder or archive of images, or a prepared dataset."""
     minutes: tuple[float, ...] = (10.0, 30.0)
-    contestants: tuple[str, ...] = ("diffusers", "diffusers bf16", "snowmelt")
+    contestants: tuple[str, ...] = CONTESTANTS
     network: str = "large"
     """Of `diffusers`: small or large, as in throughput.py."""
     batch: int = 128
@@ -234,23 +237,24 @@ def show(found: dict[str, dict[str, Any]], options: Options) -> None:
 
 def main(options: Options) -> None:
     """Train each, measure each, print the table after each."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.contestants:
+        choose(dict.fromkeys(CONTESTANTS), name, "contestant")
+    settings = {key: value for key, value in vars(options).items() if key not in ("minutes", "contestants", "out")}
+    found, file = found_in(options.out, **settings), options.out / "found.json"
     data = data_of(options.source, options.out)
-    file = options.out / "found.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for minutes in options.minutes:
-        for name in options.contestants:
-            title = f"{name}, {minutes:g} min"
-            if title in found:
-                continue
-            told = json.dumps([name, str(data), minutes, {**vars(options), "out": str(options.out)}])
-            done = subprocess.run([sys.executable, __file__, "--worker", told], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"{title} failed; what it said is above.", file=sys.stderr)
-                continue
-            found[title] = json.loads(done.stdout.splitlines()[-1])
-            file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    show(found, options)
+    jobs = [(name, minutes) for minutes in options.minutes for name in options.contestants]
+    new = {title: job for job in jobs if (title := f"{job[0]}, {job[1]:g} min") not in found}
+    for title, (name, minutes) in new.items():
+        told = json.dumps([name, str(data), minutes, {**vars(options), "out": str(options.out)}])
+        done = subprocess.run([sys.executable, __file__, "--worker", told], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{title} failed; what it said is above.", file=sys.stderr)
+            continue
+        found[title] = json.loads(done.stdout.splitlines()[-1])
+        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        show(found, options)
+    if not new:
+        show(found, options)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     batch = parser.parse_args().batch
     data = DataConfig(28, 1, tuple("0123456789"), (1,) * 10, 0.6)
-    model = build_model(preset(data, "diffusion"), Precision(torch.device("cpu")))
+    model = build_model(preset(data, "diffusion"), Precision(torch.device("cpu"), layout="channels_last"))
     assert isinstance(model, DiffusionModel)
     x, labels, noise = (
         torch.randn(batch, 1, 28, 28),

@@ -4,13 +4,14 @@
 
 Each system trains alone, one after the other, on the same training pictures of the same size, with all cores: the
 rivals for `--minutes` with the settings of their own scripts on a small network of theirs, Snowmelt by `snowmelt train
---for`, once for each of `--ours`. Then, off the clock and the same for all, on pictures that nobody trained on:
+--for`, once for each of `--ours`. Then, off the clock and the same for all:
 
-    error      of denoising, |picture - x0|^2 / sigma^2 per pixel (the error of v), mean over log-SNR -8, -6 ... 6;
-               no system is told the class, since only Snowmelt learns classes
-    distances  Frechet, of `--samples` pictures, in the offline spaces; none with --samples 0. Snowmelt draws as
-               `snowmelt sample` does, pictures of its classes, as often as the folder has them. A rival draws in
-               whichever of several ways is nearest to real pictures with it (by 64 pictures, in the random space)
+    error      of denoising pictures that nobody trained on, |picture - x0|^2 / sigma^2 per pixel (the error of v), mean
+               over log-SNR -8, -6 ... 6; no system is told the class, since only Snowmelt learns classes
+    distances  Frechet, of `--samples` pictures, to those that `snowmelt evaluate` would take (held-out ones, or all
+               where fewer than 500 are), in the offline spaces; none with --samples 0. Snowmelt draws as `snowmelt
+               sample` does, pictures of its classes, as often as the folder has them. A rival draws in whichever of
+               several ways is nearest to real pictures with it (by 64 pictures, in the random space)
 
 A rival's clock begins with its first update, Snowmelt's with the command. What is chosen for the rivals, beyond their
 scripts: `diffusers` trains a U-Net of 3.7 million parameters in fp32 or, as `diffusers bf16`, under autocast, and its
@@ -46,6 +47,13 @@ SMALL = {"block_out_channels": [64, 96, 128], "layers_per_block": 1}
 """Of `diffusers`' U-Net: 3.7 million parameters."""
 SCRIPT_BATCH = 16
 """The default of both scripts."""
+RIVALS = (
+    "diffusers",
+    "diffusers bf16",
+    "diffusers tuned",
+    "denoising-diffusion-pytorch",
+    "denoising-diffusion-pytorch tuned",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +129,8 @@ def trained_snowmelt(data: Path, seconds: float, run: Path, seed: int) -> tuple[
     """A run of `snowmelt train --for`; its denoiser is bound to classes later."""
     from contest import train_snowmelt
 
-    status = train_snowmelt(data, seconds, run, seed)
+    # Rivals are trained on the processor too.
+    status = train_snowmelt(data, seconds, run, seed, "--device", "cpu")
     return None, {"images": status["images"], "parameters": status["parameters"]}
 
 
@@ -202,17 +211,17 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
 
 def main(options: Options) -> None:
     """Train each, measure each, print the table after each."""
-    from contest import data_of
+    from contest import data_of, found_in
+    from snowmelt.errors import choose
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.rivals:
+        choose(dict.fromkeys(RIVALS), name, "rival")
+    settings = {name: getattr(options, name) for name in ("source", "size", "samples", "seed")}
+    found, file = found_in(options.out, **settings), options.out / "found.json"
     data = data_of(options.source, options.out, options.size)
-    file = options.out / "found.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     jobs = [(name, options.minutes) for name in options.rivals] + [("snowmelt", minutes) for minutes in options.ours]
-    for name, minutes in jobs:
-        title = f"{name}, {minutes:g} min"
-        if title in found:
-            continue
+    new = {title: job for job in jobs if (title := f"{job[0]}, {job[1]:g} min") not in found}
+    for title, (name, minutes) in new.items():
         told = json.dumps([name, str(data), minutes, {**vars(options), "out": str(options.out)}])
         words = [sys.executable, __file__, "--worker", told]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
@@ -221,6 +230,8 @@ def main(options: Options) -> None:
             continue
         found[title] = json.loads(done.stdout.splitlines()[-1])
         file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        show(found)
+    if not new:
         show(found)
 
 

@@ -171,8 +171,8 @@ def test_the_mean_of_a_class_stands_for_one_answer(digits, tmp_path):
             pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name)
         )
     run = Run.open(digits)
-    model, _ = run.load_model(Precision(torch.device("cpu")))
-    drawing.make_ready(run, model, Drawing(mean_first=True))
+    model, state = run.load_model(Precision(torch.device("cpu")))
+    drawing.make_ready(run, state, model, Drawing(mean_first=True))
     asked: list[int] = []
     model.denoiser.backbone.register_forward_hook(lambda *_: asked.append(1))
     data = run.open_pictures()

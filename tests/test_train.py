@@ -33,8 +33,9 @@ from snowmelt.presets import (
     preset,
 )
 from snowmelt.run import Run, lock
-from snowmelt.train import TrainOptions, resolve, train
+from snowmelt.train import TrainOptions, train
 from snowmelt.training import session
+from snowmelt.training.options import resolve
 
 QUICK = ("--precision", "fp32", "--config")
 

@@ -150,6 +150,6 @@ def _kind_of(verb: str, kinds: dict[str, Any], arguments: list[str]) -> tuple[An
 def _option_names(kind: Any) -> list[str]:
     import dataclasses
 
-    short = {"duration": "for", "class_name": "class"}
-    fields = [field for field in dataclasses.fields(kind) if "Positional" not in str(field.type)]
-    return [f"--{short.get(field.name, field.name).replace('_', '-')}" for field in fields]
+    from snowmelt.errors import option_of
+
+    return [option_of(field.name) for field in dataclasses.fields(kind) if "Positional" not in str(field.type)]

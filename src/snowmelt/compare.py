@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CompareOptions", "compare"]
 
-DATA_OPTIONS = ("size", "color", "background", "fit", "classes")
 PLAN = "plan.json"
 NO_TIME = (
     "An encoder of these pictures would have taken too large a part of the time, so only random features saw them."
@@ -96,17 +95,14 @@ def _refuse_mixture(options: CompareOptions) -> None:
 
 def _check_source(options: CompareOptions) -> None:
     """Refuse pictures that are not there, and options that come too late for prepared ones."""
-    from snowmelt.data.prepared import is_prepared
+    from snowmelt.prepare import refuse_late
 
     if options.size is not None:
         _check_sizes(options, DataConfig(options.size, 3))
     source = options.sources[0]
     if not source.startswith("builtin:") and not Path(source).exists():
         raise UserError(f"There is nothing at {source}; name a folder, zip or tar of images, or finished runs.")
-    if is_prepared(Path(source)):
-        given = [name for name in DATA_OPTIONS if getattr(options, name) != getattr(CompareOptions, name)]
-        if given:
-            raise UserError(f"{source} is prepared already; leave --{given[0]} away.")
+    refuse_late(Path(source), options)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -172,14 +168,14 @@ def _check_sizes(options: CompareOptions, data: DataConfig) -> None:
 def _pictures(options: CompareOptions, out: Path) -> Prepared:
     """The prepared pictures that all the models share."""
     from snowmelt.data.prepared import is_prepared, open_prepared
-    from snowmelt.prepare import PrepareOptions, prepare
+    from snowmelt.prepare import PICTURE_OPTIONS, PrepareOptions, prepare
 
     source = Path(options.sources[0])
     if is_prepared(source):
         return open_prepared(source)
     if is_prepared(out / "data"):
         return open_prepared(out / "data")
-    settings = {name: getattr(options, name) for name in (*DATA_OPTIONS, "seed")}
+    settings = {name: getattr(options, name) for name in (*PICTURE_OPTIONS, "seed")}
     return prepare(PrepareOptions(source=options.sources[0], out=out / "data", **settings), console())
 
 

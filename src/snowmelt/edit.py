@@ -76,8 +76,7 @@ def edit(options: EditOptions) -> list[Path]:
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} is no diffusion model ({run.config.model}); name the run of one.")
     model.requires_grad_(False)
-    make_ready(run, model, drawing)
-    model.grid(drawing)
+    make_ready(run, checkpoint, model, drawing)
     data, device, count = run.config.data, model.precision.device, getattr(options, "count", 1)
     noise = noise_source([options.seed] * count, range(count), (data.channels, data.size, data.size), device)
     labels = None if label is None else torch.full((count,), label, device=device)

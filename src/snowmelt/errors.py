@@ -1,10 +1,11 @@
-"""The exceptions for a mistake and for Ctrl-C, and the lookup that names the nearest choice."""
+"""The exceptions for a mistake and for Ctrl-C, and what their sentences say of options and choices."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 Choice = TypeVar("Choice")
 
@@ -34,6 +35,21 @@ def out_of_memory(error: BaseException) -> bool:
     """
     torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+
+
+def option_of(field: str) -> str:
+    """The option of a field of a verb's options, as it is typed.
+
+    >>> [option_of(field) for field in ("save_every", "duration", "class_name")]
+    ['--save-every', '--for', '--class']
+    """
+    return "--" + {"duration": "for", "class_name": "class"}.get(field, field).replace("_", "-")
+
+
+def given(options: Any, among: Collection[str]) -> str:
+    """Those of so many options of a verb that somebody has set, as they are typed; empty where none is."""
+    fields = [field for field in dataclasses.fields(options) if field.name in among]
+    return ", ".join(option_of(field.name) for field in fields if getattr(options, field.name) != field.default)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -30,13 +30,14 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
     run = Run.open(Path(options.run))
     log, out, files = Log(console(), run.path / "log.txt"), Console(highlight=False), list[Path]()
     check_run(run, options)
+    # Before anything is measured, since a name or weights may be wrong.
+    spaces = spaces_of(run.open_pictures(), options, log) if "quality" in options.measure else []
     if "bits" in options.measure:
         bits = measure_bits(run, options)
         files.append(run.folder("evaluations") / "bits.json")
         write_atomic(files[-1], json.dumps(bits, indent=1))
         out.print(bits_table(bits))
     if {"quality", "copies"} & set(options.measure):
-        spaces = spaces_of(run.open_pictures(), options, log) if "quality" in options.measure else []
         found = measure_quality(run, options, spaces, log)
         files.append(run.folder("evaluations") / "quality" / "figures.json")
         for table in quality_tables(found):

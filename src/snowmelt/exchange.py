@@ -306,7 +306,7 @@ def _to_onnx(folder: Path, model: DiffusionModel, options: ExportOptions) -> Non
         "channels": data.channels,
         "range": [-1, 1],
         **classes,
-        "log_snrs": time_grid(model.schedule, LEVELS).tolist(),
+        "log_snrs": time_grid(model.sampled_on, LEVELS).tolist(),
     }
     export_denoiser(
         model.denoiser, folder / "denoiser.onnx", size=data.size, channels=data.channels, classes=len(data.classes)

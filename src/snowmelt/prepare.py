@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from snowmelt.data.prepared import FILES, Prepared, is_prepared, open_prepared
-from snowmelt.errors import UserError, choose
+from snowmelt.errors import UserError, choose, given
 
 if TYPE_CHECKING:
     from snowmelt.data.assemble import Plan
 
 MIN_SIZE, MAX_SIZE = 8, 1024
 _ENDINGS = (".gz", ".bz2", ".xz", ".tgz", ".zip", ".tar")
+
+PICTURE_OPTIONS = ("size", "color", "background", "fit", "classes")
+"""What is decided of pictures when they are prepared; every verb that may have to prepare them has these options."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Prepared
     for line in [*lines, f"written to {plan.out}; every file's fate is in {plan.out / 'report.txt'}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return open_prepared(plan.out)
+
+
+def refuse_late(source: Path, options: Any) -> None:
+    """Refuse options of another verb that come too late for pictures which are prepared already."""
+    if is_prepared(source) and (named := given(options, PICTURE_OPTIONS)):
+        raise UserError(f"{source} is prepared already; leave {named} away.")
 
 
 def _check(options: PrepareOptions) -> Plan:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from snowmelt import __version__
-from snowmelt.errors import UserError, choose
+from snowmelt.errors import UserError, choose, option_of
 from snowmelt.files import make_folder, write_together
 from snowmelt.terminal import console
 
@@ -129,7 +129,7 @@ def sample(options: SampleOptions) -> list[Path]:
     check_drawing(drawing, classes=bool(run.config.data.classes))
     precision = make_precision(pick_device(options.device), options.precision)
     model, checkpoint = run.load_model(precision, options.state)
-    make_ready(run, model, drawing)
+    make_ready(run, checkpoint, model, drawing)
     facts = _facts(run, checkpoint, options, {} if model.at_once else drawing.as_dict())
     batch = options.batch or drawn_at_once(run.config)
     files: list[Path] = []
@@ -154,6 +154,8 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
 
     if options.levels and options.steps is not None:
         raise UserError("--levels and --steps exclude each other; give one.")
+    if not options.seeds:
+        raise UserError("--seeds names no seed; give one or more, such as --seeds 0 1.")
     for name in ("count", "batch"):
         given: int | None = getattr(options, name)
         if given is not None and given < 1:
@@ -240,9 +242,9 @@ def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str
 def _command(facts: dict[str, Any], one: Wanted, name: str | None) -> str:
     """The line that draws this picture again."""
     words: list[Any] = ["snowmelt", "sample", facts["run"], "--seeds", one.seed, "--first", one.number, "--count", 1]
-    for option, value in {**facts["drawing"], "state": facts["state"], "precision": facts["precision"]}.items():
+    for field, value in {**facts["drawing"], "state": facts["state"], "precision": facts["precision"]}.items():
         given = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{option.replace('_', '-')}", *given]
+        words += [option_of(field), *given]
     words += [] if name is None else ["--classes", name]
     return shlex.join(map(str, words))
 

@@ -75,7 +75,7 @@ def tune(options: TuneOptions) -> Path:
             f"{min(options.counts)} to {max(options.counts)} steps, and {JUDGED} others with every candidate."
         )
         drawn = walks(model, pictures=options.pictures, seed=options.seed, progress=progress)
-        found, parts = learned(drawn, options.pictures)
+        found, parts = learned(drawn)
         trying = progress.add_task("Levels", total=tries)
         bench = Bench(model, parts, lambda: progress.advance(trying))
         costs = costs_of(found, options.samplers)

@@ -12,7 +12,7 @@ from typing import Any
 from snowmelt import __version__, checkpoint
 from snowmelt.comparing.budget import samples_over_time
 from snowmelt.data.prepared import Prepared
-from snowmelt.errors import UserError
+from snowmelt.errors import UserError, option_of
 from snowmelt.evaluating.bits import NoLikelihood, measure_bits
 from snowmelt.evaluating.draw import draw
 from snowmelt.evaluating.options import EvaluateOptions
@@ -85,9 +85,8 @@ def _command(run: Run) -> str:
     request = run.config.request
     words = ["snowmelt", "train", str(request.get("source", "PICTURES"))]
     for name, value in request.items():
-        option = f"--{'for' if name == 'duration' else name.replace('_', '-')}"
         if name not in ("source", "config") and value not in (None, False, "auto"):
-            words += [option] if value is True else [option, str(value)]
+            words += [option_of(name)] if value is True else [option_of(name), str(value)]
     return shlex.join(words)
 
 

@@ -16,7 +16,8 @@ from snowmelt import __version__
 from snowmelt.checkpoint import read_state
 from snowmelt.data.pixels import to_pixels
 from snowmelt.edits.canvas import Result
-from snowmelt.edits.options import EditOptions, is_positional, option_name, pictures_named
+from snowmelt.edits.options import EditOptions, is_positional, pictures_named
+from snowmelt.errors import option_of
 from snowmelt.files import write_atomic
 from snowmelt.pictures import picture, save_png, sheet
 
@@ -43,7 +44,7 @@ def write_edit(out: Path, kind: str, options: EditOptions, checkpoint: Path, res
 
 def note_of(kind: str, options: EditOptions, checkpoint: Path) -> dict[str, Any]:
     """What determines the pictures, and the line that makes them again."""
-    asked = {option_name(field): getattr(options, field.name) for field in dataclasses.fields(options)}
+    asked = {option_of(name).removeprefix("--"): value for name, value in vars(options).items()}
     named = [*pictures_named(options), getattr(options, "mask", None)]
     files = [Path(str(one)) for one in named if one is not None and Path(str(one)).is_file()]
     return {
@@ -67,5 +68,5 @@ def command_of(kind: str, options: EditOptions) -> str:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if not is_positional(field) and field.name not in ("out", "device") and value != field.default:
-            words += [f"--{option_name(field)}", value]
+            words += [option_of(field.name), value]
     return shlex.join(map(str, words))

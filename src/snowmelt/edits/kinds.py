@@ -61,7 +61,7 @@ def vary(canvas: Canvas, options: VaryOptions) -> Result:
     """SDEdit: from the photo with noise, along the clean end of the schedule."""
     photo = canvas.photo(options.photo)
     spacing = GRIDS[SAMPLERS[options.sampler].grid]
-    log_snrs = check_grid(spacing(cut(canvas.model.schedule, options.strength), options.steps))
+    log_snrs = check_grid(spacing(cut(canvas.model.sampled_on, options.strength), options.steps))
     noise = canvas.noise(0)
     x = add_noise(photo.expand_as(noise), noise, log_snrs[0].to(photo))
     return Result(canvas.walk(canvas.denoise(), x, log_snrs), [photo], {"from log-SNR": round(float(log_snrs[0]), 3)})

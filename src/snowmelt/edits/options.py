@@ -132,8 +132,3 @@ def pictures_named(options: EditOptions) -> list[Any]:
 def is_positional(field: dataclasses.Field[Any]) -> bool:
     """Whether a field is given without its name."""
     return "Positional" in str(field.type)
-
-
-def option_name(field: dataclasses.Field[Any]) -> str:
-    """As it is written on the command line, without the dashes."""
-    return "class" if field.name == "class_name" else field.name.replace("_", "-")

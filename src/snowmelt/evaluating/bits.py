@@ -34,7 +34,7 @@ from snowmelt.shapes import Images, Labels
 from snowmelt.terminal import console
 
 
-class Figure(NamedTuple):
+class Mean(NamedTuple):
     """A mean over pictures, bits/dim."""
 
     mean: float
@@ -70,18 +70,23 @@ def measure_bits(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     # Slopes by pictures are all that is needed here.
     model.requires_grad_(False)
     held = _held_out(run, options, device)
-    found = _of_diffusion(run, model, held, options) if isinstance(model, DiffusionModel) else _of(model, held, options)
+    if isinstance(model, DiffusionModel):
+        ends = _ends(model, options)
+        make_ready(run, checkpoint, model, Drawing(sampler="ddpm", variance=options.variance))
+        found = _measured(model, held, ends, options)
+    else:
+        found = _of(model, held, options)
     if not found:
         raise NoLikelihood(
             f"A model such as {run.path} ({run.config.model}) has no likelihood; leave bits out of --measure."
         )
-    figures = {name: _figure(values) for name, values in found.items()}
-    if not all(math.isfinite(number) for figure in figures.values() for number in figure):
+    means = {name: _mean_of(values) for name, values in found.items()}
+    if not all(math.isfinite(number) for mean in means.values() for number in mean):
         raise UserError("Some bits/dim are not finite: the network fails at some noise levels; train it for longer.")
     return {
         **_facts(run, checkpoint, options),
         "rows": [int(row) for row in held.rows],
-        "bits_per_dim": {name: figure._asdict() for name, figure in figures.items()},
+        "bits_per_dim": {name: mean._asdict() for name, mean in means.items()},
         "per_picture": {name: values.tolist() for name, values in found.items()},
     }
 
@@ -90,12 +95,6 @@ def _of(model: Model, held: Held, options: EvaluateOptions) -> dict[str, Tensor]
     """What a family says of its own bits."""
     rng = generator(options.seed, "bits", device=held.images.device)
     return {name: values.cpu() for name, values in model.bits(Batch(held.images, held.labels), rng).items()}
-
-
-def _of_diffusion(run: Run, model: DiffusionModel, held: Held, options: EvaluateOptions) -> dict[str, Tensor]:
-    ends = _ends(model, options)
-    make_ready(run, model, Drawing(sampler="ddpm", variance=options.variance))
-    return _measured(model, held, ends, options)
 
 
 def _ends(model: DiffusionModel, options: EvaluateOptions) -> tuple[float, float]:
@@ -160,7 +159,6 @@ def _counting(denoise: Denoise, count: Callable[[], None]) -> Denoise:
 
 def _normals(seed: int, purpose: str, rows: np.ndarray, like: Images) -> Callable[[int], Images]:
     """Standard normal noise by number, for each picture a function of its row; made on the CPU."""
-    import torch
 
     def noise(number: int) -> Images:
         each = [torch.randn(like.shape[1:], generator=generator(seed, purpose, int(row), number)) for row in rows]
@@ -169,8 +167,8 @@ def _normals(seed: int, purpose: str, rows: np.ndarray, like: Images) -> Callabl
     return noise
 
 
-def _figure(values: Tensor) -> Figure:
-    return Figure(values.mean().item(), values.std().item() / math.sqrt(len(values)))
+def _mean_of(values: Tensor) -> Mean:
+    return Mean(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
 def _facts(run: Run, checkpoint: Path, options: EvaluateOptions) -> dict[str, Any]:

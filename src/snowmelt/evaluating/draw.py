@@ -133,10 +133,10 @@ def _here(order: Order, advance: Callable[[int], None]) -> tuple[np.ndarray, flo
 
 
 def _opened(run: Run, order: Order) -> Model:
-    model, _ = run.load_model(make_precision(pick_device(order.device), "fp32"), order.state)
+    model, state = run.load_model(make_precision(pick_device(order.device), "fp32"), order.state)
     if order.threads:
         torch.set_num_threads(order.threads)
-    make_ready(run, model, Drawing() if model.at_once else order.drawing)
+    make_ready(run, state, model, Drawing() if model.at_once else order.drawing)
     return model
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from snowmelt.errors import UserError, choose
+from snowmelt.errors import UserError, choose, option_of
 
 MOST = {"samples": 100_000, "processes": 256, "bound_steps": 1_000_000, "ode_steps": 10_000}
 LEAST = {
@@ -91,11 +91,7 @@ def check(options: EvaluateOptions) -> None:
     for name, bound in LEAST.items():
         value = getattr(options, name)
         if value is not None and value < bound:
-            raise UserError(f"{_option(name)} is {value}; give at least {bound}.")
+            raise UserError(f"{option_of(name)} is {value}; give at least {bound}.")
     for name, bound in MOST.items():
         if getattr(options, name) > bound:
-            raise UserError(f"{_option(name)} is {getattr(options, name)}; give at most {bound:,}.")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+            raise UserError(f"{option_of(name)} is {getattr(options, name)}; give at most {bound:,}.")

@@ -34,7 +34,9 @@ def _figures(found: dict[str, Any]) -> Table:
         if one["value"] is not None:
             floor = f"{short(one['floor'])} ({short(one['floor_low'])} to {short(one['floor_high'])})"
             interval = f"{short(one['low'])} to {short(one['high'])}"
-            table.add_row(one["title"], one["space"], short(one["value"]), interval, floor, one["better"])
+            beside = found["spaces"].get(one["space"], found)["reference"]
+            seen = one["space"] if beside == found["reference"] else f"{one['space']}, beside {beside}"
+            table.add_row(one["title"], seen, short(one["value"]), interval, floor, one["better"])
     return table
 
 

@@ -18,21 +18,24 @@ from snowmelt.data.pixels import to_images
 from snowmelt.data.prepared import mean_pictures
 from snowmelt.diffusion.grids import given_grid, log_snr_grid
 from snowmelt.diffusion.variance import Variance, analytic, noise_power
-from snowmelt.errors import UserError
+from snowmelt.errors import UserError, option_of
+from snowmelt.evaluation.levels import batch_of
 from snowmelt.files import write_atomic
 from snowmelt.models import build_model, check_drawing
 from snowmelt.models.base import Drawing, Model, classes_of
 from snowmelt.models.diffusion import DiffusionModel
+from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run
-from snowmelt.seeds import generator
-from snowmelt.shapes import Images
+from snowmelt.seeds import generator, noise_source
+from snowmelt.shapes import Grid, Images
 
 MEASURED_LEVELS = 40
 MEASURED_PICTURES = 128
 
 
-def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
-    """Give `model`, of `run`, what `drawing` asks for, and refuse what it cannot draw.
+def make_ready(run: Run, state: Path, model: Model, drawing: Drawing) -> None:
+    """Give `model`, which has the weights of a `state` of `run`, what `drawing` asks for, and refuse what it cannot
+    draw.
 
     Raises:
         UserError: the run has no early state, or no pictures to measure on; or the drawing asks a model that draws at
@@ -44,8 +47,7 @@ def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
             field.name for field in fields(Drawing) if getattr(drawing, field.name) != getattr(plain, field.name)
         )
         raise UserError(
-            f"{run.path} holds a {run.config.model} model, which draws in a single step; "
-            f"leave --{name.replace('_', '-')} away."
+            f"{run.path} holds a {run.config.model} model, which draws in a single step; leave {option_of(name)} away."
         )
     if isinstance(model, DiffusionModel):
         model.grid(drawing)
@@ -53,7 +55,7 @@ def make_ready(run: Run, model: Model, drawing: Drawing) -> None:
             early = early_model(run, model)
             model.weaker["early"] = early.bind
         if drawing.variance == "analytic":
-            model.variances["analytic"] = measured_variance(run, model)
+            model.variances["analytic"] = measured_variance(run, state, model)
         if drawing.mean_first:
             model.means = mean_images(run).to(model.precision.device)
         model.sampler(drawing, model.bind(None))
@@ -107,19 +109,18 @@ def mean_images(run: Run) -> Images:
     return means
 
 
-def measured_variance(run: Run, model: DiffusionModel) -> Variance:
-    """Analytic-DPM's variance for the newest weights, from `MEASURED_PICTURES` training pictures; kept in the run.
+def measured_variance(run: Run, state: Path, model: DiffusionModel) -> Variance:
+    """Analytic-DPM's variance for the weights of a state, which `model` has, from `MEASURED_PICTURES` training
+    pictures; kept in the run for the state that was measured last.
 
     Raises:
         UserError: the prepared pictures are gone.
     """
-    newest = run.newest_checkpoint()
-    assert newest is not None, "a model was loaded from it"
-    path, weights = run.folder("evaluations") / "variance.json", _weights(newest)
+    path, weights = run.folder("evaluations") / "variance.json", _weights(state)
     levels, powers = _kept(path, weights) or ([], [])
     if not levels:
         grid = log_snr_grid(model.schedule, MEASURED_LEVELS)
-        levels, powers = grid.tolist(), _powers(run, model)
+        levels, powers = grid.tolist(), _powers(run, model, grid)
         write_atomic(path, json.dumps({"weights": weights, "log_snr": levels, "noise_power": powers}, indent=1))
     return analytic(torch.tensor(levels, dtype=torch.float64), powers)
 
@@ -135,17 +136,17 @@ def _kept(path: Path, weights: str) -> tuple[list[float], list[float]] | None:
     return (levels, powers) if known["weights"] == weights and len(levels) == len(powers) > 1 and rising else None
 
 
-def _powers(run: Run, model: DiffusionModel) -> list[float]:
-    data, device = run.open_pictures(), model.precision.device
-    chosen = np.sort(np.random.default_rng(0).permutation(data.train)[:MEASURED_PICTURES])
-    images = to_images(torch.from_numpy(np.ascontiguousarray(data.images[chosen]))).to(device)
-    labels = None if data.labels is None else torch.from_numpy(data.labels[chosen]).to(device)
-
-    def noise(number: int) -> torch.Tensor:
-        return torch.randn(images.shape, generator=generator(0, "variance", number)).to(device)
-
-    with torch.no_grad():
-        return noise_power(model.bind(labels), images, log_snr_grid(model.schedule, MEASURED_LEVELS), noise)
+def _powers(run: Run, model: DiffusionModel, grid: Grid) -> list[float]:
+    data, device, batch = run.open_pictures(), model.precision.device, drawn_at_once(run.config)
+    rows = np.sort(np.random.default_rng(0).permutation(data.train)[:MEASURED_PICTURES])
+    total = torch.zeros(len(grid), dtype=torch.float64)
+    for start in range(0, len(rows), batch):
+        images, labels = batch_of(data, rows[start : start + batch], device)
+        noise = noise_source([0] * len(images), range(start, start + len(images)), images.shape[1:], device)
+        with torch.no_grad():
+            powers = noise_power(model.bind(labels), images, grid, noise)
+        total += len(images) * torch.tensor(powers, dtype=torch.float64)
+    return (total / len(rows)).tolist()
 
 
 TUNED = "levels.json"

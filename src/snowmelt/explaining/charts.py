@@ -8,8 +8,9 @@ from typing import Any
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.explaining.network import StepBack
 from snowmelt.explaining.parts import HALF, Appearance
-from snowmelt.explaining.process import REACH, Process, bell, betas_of, histogram, moments_of
+from snowmelt.explaining.process import REACH, Process, bell, betas_of, histogram
 from snowmelt.pages.charts import Chart, Draw, Paint
+from snowmelt.pictures import moments_of
 
 POINTS = 250
 """Of a curve; one through all 1000 steps would say no more."""
@@ -46,7 +47,7 @@ def _curves(every: dict[str, Any], chosen: str, pick: Callable[[Any, Any], Any],
     def curves(axes: Any, paint: Paint) -> None:
         for name, (beta, bar) in every.items():
             wide, role = (2.6, "ink") if name == chosen else (1.1, series(name))
-            places = moments_of(len(beta) - 1, POINTS)
+            places = moments_of(len(beta), POINTS)
             times = [place + 1 for place in places]
             axes.plot(times, pick(beta, bar)[places], color=paint(role), linewidth=wide, label=name)
         axes.set(xlabel="step t", xlim=(0, len(every[chosen][0])), **look)
@@ -58,7 +59,7 @@ def mixture(process: Process) -> Chart:
     """Signal and noise over t, with a line for the slider to move."""
 
     def draw(axes: Any, paint: Paint) -> None:
-        times = moments_of(process.steps, POINTS)
+        times = moments_of(process.steps + 1, POINTS)
         bars = process.alpha_bars[times]
         axes.plot(times, bars.sqrt(), color=paint("signal"), linewidth=2.2)
         axes.plot(times, (1 - bars).sqrt(), color=paint("noise"), linewidth=2.2)

@@ -22,14 +22,13 @@ from snowmelt.explaining.process import (
     bell,
     betas_of,
     histogram,
-    moments_of,
     walk_back,
     walked,
 )
 from snowmelt.pages.charts import Chart, png_of, svg
 from snowmelt.pages.markup import number, png, table
 from snowmelt.pages.shell import script_data
-from snowmelt.pictures import sheet
+from snowmelt.pictures import moments_of, sheet
 from snowmelt.shapes import Images
 
 TEN = 10
@@ -40,8 +39,8 @@ BUDGET = 2_400_000
 
 def forward_part(process: Process, subject: Subject) -> Part:
     """Everything of the page that needs no network."""
-    ten = moments_of(process.steps, TEN)
-    shown = sorted({*ten, *moments_of(process.steps, _frames(process))})
+    ten = moments_of(process.steps + 1, TEN)
+    shown = sorted({*ten, *moments_of(process.steps + 1, _frames(process))})
     one = ten[2]
     forward = walked(process, sorted({*ten[1:], one}), subject.seed)
     back = _walked_back(process, subject.seed, ten)

@@ -93,12 +93,6 @@ class Process:
         return prior_term(self.x0.double(), self.alpha_bars[-1]).mean().item() / math.log(2)
 
 
-def moments_of(steps: int, count: int) -> list[int]:
-    """At most `count` moments t from 0 to T, evenly spread."""
-    count = min(count, steps + 1)
-    return [round(i * steps / (count - 1)) for i in range(count)]
-
-
 class Stride(NamedTuple):
     """One step of the walk: where it came from, the noise drawn, where it led."""
 

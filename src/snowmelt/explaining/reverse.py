@@ -29,11 +29,11 @@ from snowmelt.explaining.network import (
 )
 from snowmelt.explaining.page import Part, Subject
 from snowmelt.explaining.parts import Appearance, appearances, shown, split
-from snowmelt.explaining.process import Process, moments_of
+from snowmelt.explaining.process import Process
 from snowmelt.pages.charts import png_of, svg
 from snowmelt.pages.markup import number, png, table
 from snowmelt.pages.shell import script_data
-from snowmelt.pictures import strip
+from snowmelt.pictures import moments_of, strip
 from snowmelt.run import Run
 from snowmelt.shapes import Images
 
@@ -47,7 +47,7 @@ COARSE = 16
 
 def reverse_part(process: Process, network: Network, run: Run, subject: Subject) -> Part:
     """Everything of the page that a network is asked for."""
-    ten = moments_of(process.steps, TEN)
+    ten = moments_of(process.steps + 1, TEN)
     ts = falling(process.steps, EVALUATIONS)
     together = trail(network, process, "ddim", companions(process, subject.seed), ts, subject.seed)
     ddim = Trail(ts, [x[:1] for x in together.xs], [belief[:1] for belief in together.beliefs])
@@ -89,7 +89,7 @@ def _strip(rows: list[list[Images]]) -> bytes:
 
 def _places(ts: list[int], count: int) -> list[int]:
     """Which of the steps of a trail to show: evenly from the first to the last."""
-    return moments_of(len(ts) - 1, count)
+    return moments_of(len(ts), count)
 
 
 def cast(heads: list[str], rows: Sequence[tuple[str, Sequence[Tensor]]], alt: str) -> str:

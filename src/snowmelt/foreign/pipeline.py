@@ -33,7 +33,7 @@ from snowmelt.tables import from_table, to_tables
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NOTES = "snowmelt.json"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-LATER = "0.36.0"
+DIFFUSERS_VERSION = "0.36.0"
 """The version of `diffusers` that the folders written here are of."""
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -215,4 +215,6 @@ def write_folder(
 
 def _write_json(path: Path, about: Mapping[str, Any]) -> None:
     """In the way of `diffusers`: sorted, with the version."""
-    write_synced(path, (json.dumps({**about, "_diffusers_version": LATER}, indent=2, sort_keys=True) + "\n").encode())
+    write_synced(
+        path, (json.dumps({**about, "_diffusers_version": DIFFUSERS_VERSION}, indent=2, sort_keys=True) + "\n").encode()
+    )

@@ -20,7 +20,7 @@ from snowmelt.diffusion.noise import BOUND
 from snowmelt.diffusion.samplers import SAMPLERS, ancestral
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.diffusion.variance import VARIANCES
-from snowmelt.errors import UserError, choose
+from snowmelt.errors import UserError, choose, option_of
 from snowmelt.models.base import Drawing, Learner, Model
 from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel, schedule_of
 from snowmelt.models.gan import GANLearner, GANModel
@@ -118,7 +118,7 @@ def _check_guidance(drawing: Drawing, *, classes: bool) -> None:
     plain = Drawing()
     for name in ("guide", "away_from", "guidance_range", "guidance_rescale"):
         if drawing.guidance == 1 and getattr(drawing, name) != getattr(plain, name):
-            raise UserError(f"--{name.replace('_', '-')} does nothing without guidance; add --guidance 2, say.")
+            raise UserError(f"{option_of(name)} does nothing without guidance; add --guidance 2, say.")
     if not math.isfinite(drawing.guidance):
         raise UserError(f"--guidance is {drawing.guidance}; give a number such as 1 or 2.")
     if not 0 <= drawing.guidance_rescale <= 1:

@@ -98,14 +98,13 @@ def walks(model: DiffusionModel, *, pictures: int, seed: int, progress: Progress
         yield Part(noise, labels, walk[-1].x0.clamp(-1, 1)), walk
 
 
-def learned(drawn: Iterator[tuple[Part, list[Step]]], pictures: int) -> tuple[Trajectories, list[Part]]:
-    """What the first `pictures` of the walks teach, and the first `TRIED` of the pictures."""
+def learned(drawn: Iterator[tuple[Part, list[Step]]]) -> tuple[Trajectories, list[Part]]:
+    """What walks teach, and the first `TRIED` of their pictures."""
     parts: list[Part] = []
 
     def some() -> Iterator[list[Step]]:
         seen = 0
-        while seen < pictures:
-            part, walk = next(drawn)
+        for part, walk in drawn:
             if seen < TRIED:
                 parts.append(part)
             seen += len(part.wanted)
