@@ -16,7 +16,7 @@ demo: .venv/demo.done
 	@echo "Now with pictures of your own:           $(BIN)/snowmelt train YOUR-FOLDER --for 20m --out runs/mine"
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""One thread and no spinning, before torch starts: on a shared machine waiting threads cost more than they help."""
+"""One thread and no spinning, before torch starts: on a shared machine waiting threads cost more than they help; and
+what several files need."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What a test trains here or in a process of its own would take as many as there are cores, beside another worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -17,8 +20,28 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 
-LONGEST = ("test_train", "test_resume", "test_compare", "test_convergence", "test_exchange")
+LONGEST = (
+    "test_train",
+    "test_resume",
+    "test_compare",
+    "test_convergence",
+    "test_exchange",
+    "test_loss",
+    "test_vae",
+    "test_tune",
+    "test_sample",
+    "test_readme",
+    "test_explain",
+    "test_quality",
+    "test_newcomer",
+)
 """Files that take longest. Of two workers neither should be left alone with one of them at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without this, workers would sort files by how many tests they hold."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,6 +60,20 @@ def few_steps_for_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch, "DRAWING", Drawing(steps=5))
         yield
+
+
+@pytest.fixture(autouse=True)
+def the_same_chance() -> None:
+    """What a test draws from torch's own generator does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for --config: a network that trains and draws fast."""
+    file = tmp_path_factory.mktemp("tiny") / "tiny.toml"
+    file.write_text("[network]\nchannels = [8, 16]\nattention = [false, true]\nhead_channels = 8\n")
+    return file
 
 
 class Answer(nn.Module):

@@ -264,7 +264,8 @@ def test_a_place_that_cannot_be_written_is_told_before_drawing(grey, here, capsy
 
 def test_between_seeds_any_guide_will_do(grey, here):
     words = ["--class", "a", "--guidance", "2", "--guide", "projected", "--steps", "2", "--count", "2"]
-    assert cli(["edit", "interpolate", str(grey), "1", "2", *words]) == 0
+    assert cli(["edit", "interpolate", str(grey), "1", "2", *words, "--out", "guided"]) == 0
+    assert len(list(Path("guided").glob("*-0000[01].png"))) == 2
 
 
 def test_help_names_the_kinds(capsys):

@@ -251,7 +251,7 @@ def test_the_same_again_is_the_same_bytes(photo, run, page, network_page, tmp_pa
 
 
 def test_falling_steps_end_at_the_first():
-    assert falling(1000, 5) == [1000, 750, 500, 251, 1] or falling(1000, 5)[::4] == [1000, 1]
+    assert falling(1000, 5) == [1000, 750, 500, 251, 1]
     assert falling(3, 25) == [3, 2, 1] and falling(1, 25) == [1]
 
 
@@ -284,8 +284,8 @@ def test_the_default_size_makes_a_page_under_5_megabytes(tmp_path):
 
 def test_formulas_and_numbers():
     assert mathml(r"x_{t-1}^2") == (
-        "<math><msubsup><mi>x</mi><mrow><mi>t</mi><mo>−</mo><mn>1</mn></mrow><mrow><mn>2</mn></mrow></msubsup></math>"
-    ) or mathml(r"x_{t-1}^2").startswith("<math><msubsup><mi>x</mi>")
+        "<math><msubsup><mi>x</mi><mrow><mi>t</mi><mo>−</mo><mn>1</mn></mrow><mn>2</mn></msubsup></math>"
+    )
     assert mathml(r"\sqrt{\bar\alpha_t}").count("<msqrt>") == 1
     assert "<b>5</b>" in fill(r"\( x_0 \) is {{value}}", {"value": "<b>5</b>"})
     with pytest.raises(AssertionError):

@@ -241,7 +241,6 @@ def test_tones_are_changed_by_numbers_that_can_be_undone(name):
     x = batch(4000, size=2, classes=0).images
     active = (torch.arange(len(x)) % 2).float()
     changed = AUGMENTATIONS[name](active, 2, generator(0, name))(x)
-    assert torch.equal(changed[::2], x[::2]) or name == "saturation"
     torch.testing.assert_close(changed[::2], x[::2], rtol=0, atol=1e-6)
     grey, grey_before = changed.mean(1), x.mean(1)
     number = {
@@ -402,11 +401,10 @@ def test_both_networks_together_are_as_large_as_the_diffusion_model(size, channe
     assert abs(gan / rival - 1) < 0.15
 
 
-@pytest.mark.parametrize("size", [1, 5, 12, 40, 80, 96, 160, 256, 512, 1024])
+@pytest.mark.parametrize("size", [8, 12, 40, 80, 96, 160, 256, 512, 1024])
 def test_every_size_that_the_patch_divides_has_a_small_smallest_map(size):
     gan = preset(DataConfig(size, 3), "gan").gan
-    if size % gan.divisor == 0:
-        assert sizes(gan, size)[-1] <= 6
+    assert size % gan.divisor == 0 and sizes(gan, size)[-1] <= 6
 
 
 def test_the_fewer_pictures_the_more_they_are_changed():

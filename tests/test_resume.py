@@ -24,18 +24,10 @@ def train(out: Path, *more: str) -> int:
     )
 
 
-@pytest.fixture
-def small(tmp_path) -> Path:
-    """Settings of a network that trains and draws fast."""
-    file = tmp_path / "small.toml"
-    file.write_text("[network]\nchannels = [8, 16]\nattention = [false, true]\nhead_channels = 8\n")
-    return file
-
-
 # Fewer in bf16, which a processor without it has to imitate, many times slower.
 @pytest.mark.parametrize(("precision", "steps", "cut"), [("fp32", 30, 18), ("bf16", 5, 3)])
-def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, small, monkeypatch, precision, steps, cut):
-    more = ("--precision", precision, "--steps", str(steps), "--batch", "16", "--config", str(small))
+def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, tiny, monkeypatch, precision, steps, cut):
+    more = ("--precision", precision, "--steps", str(steps), "--batch", "16", "--config", str(tiny))
     train(tmp_path / "whole", *more)
     from snowmelt.training import loop
 
@@ -59,9 +51,9 @@ def test_k_and_n_steps_are_k_plus_n_steps(tmp_path, small, monkeypatch, precisio
     assert whole == parts, "no line is lost or written twice"
 
 
-def test_killed_again_and_again(small, capsys):
+def test_killed_again_and_again(tiny, capsys):
     options = kill_resume.Options(
-        kills=2, while_saving=1, steps=60, precision="fp32", save_every=0.1, seed=1, config=small
+        kills=2, while_saving=1, steps=60, precision="fp32", save_every=0.1, seed=1, config=tiny
     )
     assert kill_resume.main(options) == 0, capsys.readouterr().out
 
@@ -71,9 +63,9 @@ def test_sigterm_saves_and_leaves_with_the_line_that_continues(tmp_path):
     words = [sys.executable, "-m", "snowmelt", "train", "builtin:digits", "--out", out, "--steps", "100000"]
     process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not (out / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "it never began"
         time.sleep(0.1)
-    time.sleep(1)
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=30)[1]
@@ -108,14 +100,17 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path_factory, fin
     assert cli(["train", "--resume", str(out)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and name in said and f"delete the folder {newest}" in said
-    shutil.rmtree(newest)
-    assert cli(["train", "--resume", str(out)]) == 0, "the checkpoint before it still works"
+    if (name, how) == ("average.safetensors", "truncated"):
+        # Once for all: what was damaged is gone with the folder.
+        shutil.rmtree(newest)
+        assert cli(["train", "--resume", str(out)]) == 0, "the checkpoint before it still works"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(tiny, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert cli(["train", "builtin:digits", "--out", str(out), "--steps", "3", "--save-every", "0"]) == 0
+    words = ["--steps", "3", "--save-every", "0", "--precision", "fp32", "--config", str(tiny)]
+    assert cli(["train", "builtin:digits", "--out", str(out), *words]) == 0
     return out
 
 

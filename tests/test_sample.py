@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.device import Precision
 from snowmelt.evaluation import drawing
@@ -24,21 +25,15 @@ pytest.importorskip("sklearn", reason="the built-in digits come with scikit-lear
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
+def digits(tiny, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sample") / "run"
-    words = ["--steps", "30", "--batch", "16", "--precision", "fp32"]
+    words = ["--steps", "30", "--batch", "16", "--precision", "fp32", "--config", str(tiny)]
     assert cli(["train", "builtin:digits", "--out", str(out), *words]) == 0
     return out
 
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
-
-
-@pytest.mark.parametrize("name", ["count", "batch"])
-def test_none_at_all_is_refused_in_a_sentence(digits, tmp_path, capsys, name):
-    assert cli(["sample", str(digits), f"--{name}", "0", "--out", str(tmp_path / "none")]) == 2
-    assert f"--{name} is 0; give at least 1." in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -143,6 +138,11 @@ def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tm
         kept.write_text(json.dumps(spoiled))
         assert cli([*words, "--out", str(tmp_path)]) == 0
         assert json.loads(kept.read_text()) == before
+    early = checkpoint.steps_saved(Run.open(digits).snapshots)[0]
+    assert cli([*words, "--out", str(tmp_path), "--state", str(early)]) == 0
+    of_early = json.loads(kept.read_text())
+    assert all(of_early[name] != before[name] for name in ("weights", "noise_power"))
+    assert of_early["log_snr"] == before["log_snr"]
 
 
 def test_the_mean_of_a_class_stands_for_one_answer(digits, tmp_path):
@@ -237,6 +237,8 @@ def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
         (["--classes", "seven"], "There is no class 'seven'"),
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--count", "0"], "--count is 0; give at least 1"),
+        (["--batch", "0"], "--batch is 0; give at least 1"),
+        (["--seeds"], "--seeds names no seed"),
         (["--levels", "1", "--mean-first"], "give another level"),
         (["--guidance", "2", "--mean-first"], "--mean-first goes with neither"),
         (["--steps", "0"], "--steps is 0; give 1 to 100,000"),

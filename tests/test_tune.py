@@ -161,10 +161,10 @@ def test_there_are_no_moves_to_where_nothing_is():
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
+def digits(tiny, tmp_path_factory) -> Path:
     pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
     out = tmp_path_factory.mktemp("tune") / "run"
-    words = ["--steps", "30", "--batch", "16", "--precision", "fp32"]
+    words = ["--steps", "30", "--batch", "16", "--precision", "fp32", "--config", str(tiny)]
     assert cli(["train", "builtin:digits", "--out", str(out), *words]) == 0
     return out
 

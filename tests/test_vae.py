@@ -306,7 +306,7 @@ def test_patch_distance_knows_blur_and_not_place():
     assert patch_distance(images, images, generator(0, "p")) == 0
     assert patch_distance(images, blurred, generator(0, "p")) > 0.5
     # The same patches in another order, but for those along the edge.
-    assert patch_distance(images, images.flip(2).flip(2).roll(4, 3), generator(0, "p")) < 0.15
+    assert patch_distance(images, images.roll(4, 3), generator(0, "p")) < 0.15
 
 
 def gradient_energy(images: torch.Tensor) -> float:

@@ -286,11 +286,16 @@ def has_room(device: torch.device, needed: int) -> bool:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: of the GPU's memory where there is one, else the process's largest resident size."""
+    """Bytes: of the GPU's memory where there is one, else the process's largest resident size; 0 where the system does
+    not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
     import sys
+
+    try:
+        import resource
+    except ImportError:
+        return 0
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

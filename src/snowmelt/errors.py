@@ -46,7 +46,7 @@ def option_of(field: str) -> str:
     return "--" + {"duration": "for", "class_name": "class"}.get(field, field).replace("_", "-")
 
 
-def given(options: Any, among: Collection[str]) -> str:
+def options_given(options: Any, among: Collection[str]) -> str:
     """Those of so many options of a verb that somebody has set, as they are typed; empty where none is."""
     fields = [field for field in dataclasses.fields(options) if field.name in among]
     return ", ".join(option_of(field.name) for field in fields if getattr(options, field.name) != field.default)

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from snowmelt.data.prepared import FILES, Prepared, is_prepared, open_prepared
-from snowmelt.errors import UserError, choose, given
+from snowmelt.errors import UserError, choose, options_given
 
 if TYPE_CHECKING:
     from snowmelt.data.assemble import Plan
@@ -71,7 +71,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Prepared
 
 def refuse_late(source: Path, options: Any) -> None:
     """Refuse options of another verb that come too late for pictures which are prepared already."""
-    if is_prepared(source) and (named := given(options, PICTURE_OPTIONS)):
+    if is_prepared(source) and (named := options_given(options, PICTURE_OPTIONS)):
         raise UserError(f"{source} is prepared already; leave {named} away.")
 
 

@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from snowmelt.config import Config, DataConfig
-from snowmelt.errors import UserError, given, option_of
+from snowmelt.errors import UserError, option_of, options_given
 from snowmelt.files import make_folder
 from snowmelt.presets import check_length, check_seconds, check_size, facts_of
 from snowmelt.tables import to_tables
 from snowmelt.terminal import Log, console, words_of
-from snowmelt.training.options import PROCESS_OPTIONS, TrainOptions, overrides_of, precision_of, request_of, resolve
+from snowmelt.training.options import PROCESS_OPTIONS, TrainOptions, overrides_of, request_of, resolve
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,11 +40,12 @@ def plan(options: TrainOptions) -> None:
     _check(options)
     _check_source(_path(options), options)
     from snowmelt.training.forecast import plan_table
+    from snowmelt.training.signals import stopping
 
     overrides, say = _refuse_early(options), console()
     out = _path(options).absolute()
     beside = next(parent for parent in out.parents if parent.is_dir())
-    with TemporaryDirectory(prefix=".plan-", dir=beside) as folder:
+    with stopping("Nothing was planned."), TemporaryDirectory(prefix=".plan-", dir=beside) as folder:
         config, speed = _settled(
             Path(folder), options, overrides, Log(say, Path(folder) / "log.txt"), Console(quiet=True)
         )
@@ -86,7 +87,7 @@ def train(options: TrainOptions) -> Run:
 def _check(options: TrainOptions) -> None:
     if options.resume is not None:
         kept = {*PROCESS_OPTIONS, "source"} - {"plan"}
-        named = given(options, vars(options).keys() - kept)
+        named = options_given(options, vars(options).keys() - kept)
         if options.source is not None or options.out is not None or named:
             names = named or "the source and --out"
             raise UserError(f"--resume RUN continues a run as it was started; leave {names} away.")
@@ -160,8 +161,8 @@ def _refuse_early(options: TrainOptions) -> dict[str, dict[str, Any]]:
 
     check_names(trial)
     device = pick_device(options.device)
-    if (asked := precision_of(options, overrides)) != "auto":
-        make_precision(device, asked)
+    if "precision" in overrides["training"]:
+        make_precision(device, overrides["training"]["precision"])
     return overrides
 
 
@@ -193,8 +194,9 @@ def _settled(
     data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options, seed, say)
     choice = partial(resolve, facts_of(data), options, overrides)
     check_size(choice())
-    asked = precision_of(options, overrides)
-    return fitted(choice, data, pick_device(options.device), asked=asked, given=overrides["training"], log=log)
+    given = overrides["training"]
+    asked = given.get("precision", "auto")
+    return fitted(choice, data, pick_device(options.device), asked=asked, given=given, log=log)
 
 
 def _prepare(out: Path, options: TrainOptions, seed: int, say: Console) -> Prepared:

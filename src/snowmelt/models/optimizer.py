@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from snowmelt.config import TrainingConfig
 from snowmelt.device import is_gpu
-from snowmelt.errors import UserError
+from snowmelt.errors import UserError, choose
 from snowmelt.models.muon import MOMENTUM, Muon
 from snowmelt.recording import Replayed
 
@@ -63,7 +63,7 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
         self.module, self.clip = module, config.clip
-        self.sources = OPTIMIZERS[config.optimizer](module)
+        self.sources = choose(OPTIMIZERS, config.optimizer, "optimizer")(module)
         # Muon takes matrices only: it is given views of the kernels that share their memory.
         flat = {name: nn.Parameter(matrix_of(weight.data, weight)) for name, weight in self.sources.items()}
         assert all(flat[name].data_ptr() == weight.data_ptr() for name, weight in self.sources.items())

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from snowmelt.config import Config
 from snowmelt.device import Precision
+from snowmelt.errors import UserError
 from snowmelt.models.optimizer import Optimizer, under
 from snowmelt.networks.autoencoder import PatchCritic
 from snowmelt.seeds import generator
@@ -68,6 +69,15 @@ class Critic:
         return weights | {CRITIC_STATE + name: tensor for name, tensor in self.optimizer.tensors().items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave."""
-        self.network.load_state_dict(under(tensors, CRITIC))
+        """Put back what `tensors` gave.
+
+        Raises:
+            UserError: they are of no critic, or of another one.
+        """
+        try:
+            self.network.load_state_dict(under(tensors, CRITIC))
+        except RuntimeError as error:
+            raise UserError(
+                "The checkpoint holds no such critic as config.toml has now; put config.toml back."
+            ) from error
         self.optimizer.load(under(tensors, CRITIC_STATE))

@@ -36,7 +36,6 @@ def plan_table(config: Config, images_per_second: float | None) -> Table:
     model = learner.model
     held = "no classes" if not data.classes else f"{len(data.classes)} classes"
     colour = "grey" if data.channels == 1 else "colour"
-    augment = config.diffusion.augment if config.model == "diffusion" else 0.0
     facts = {
         "pictures": f"{data.pictures:,} to train on, {data.size} x {data.size}, {colour}, {held}",
         "model": f"{config.model}, widths {', '.join(map(str, config.architecture.channels))}, "
@@ -45,7 +44,7 @@ def plan_table(config: Config, images_per_second: float | None) -> Table:
         "updates": updates_of(config, images_per_second),
         "learning rate": f"{training.learning_rate:g} by {training.optimizer}, rising over "
         f"{min(training.warmup, updates // 5)} updates, falling to 0 over the last {training.decay:.0%}",
-        "changes": f"to the pictures, told to the network, each with probability {augment:g}" if augment else "none",
+        "changes": _changes(config),
         "average": f"of the weights, as wide as {training.average:.0%} of the run",
         "previews": f"at most {WATCH_SHARE:.0%} of the time",
         "pictures drawn": "in a single step" if model.at_once else f"in {DRAWING.steps} steps of {DRAWING.sampler}",
@@ -54,6 +53,16 @@ def plan_table(config: Config, images_per_second: float | None) -> Table:
     for name, fact in facts.items():
         table.add_row(name, fact)
     return table
+
+
+def _changes(config: Config) -> str:
+    """What is done to the pictures that are trained on, in words."""
+    mirrored = ["half of the pictures mirrored"] if config.training.flip else []
+    changed, told = {
+        "diffusion": (config.diffusion.augment, "to the pictures, told to the network"),
+        "gan": (config.gan.augment, "to all pictures that the critic sees"),
+    }.get(config.model, (0.0, ""))
+    return ", ".join([*mirrored, *([f"{told}, each with probability {changed:g}"] if changed else [])]) or "none"
 
 
 def updates_in(config: Config, speed: float | None) -> int:

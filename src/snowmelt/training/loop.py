@@ -188,6 +188,7 @@ def skipped(session: Session, progress: Progress, step: int) -> Progress:
     back.skipped, back.in_a_row = progress.skipped, 0
     back.elapsed = time.monotonic() - session.started
     session.run.forget_metrics_after(back.step)
+    session.watch.forget()
     session.log(
         f"Steps up to {step} were not finite {BAD_STEPS} times in a row: back to step {back.step}, "
         f"with {back.rate_scale:g} of the learning rate."
@@ -246,7 +247,10 @@ def restore(session: Session) -> Progress:
     progress = Progress.of(checkpoint.read_state(path))
     rollbacks = session.run.path / "rollbacks.json"
     if rollbacks.exists():
-        progress.rollbacks = int(rollbacks.read_text(encoding="utf-8"))
+        try:
+            progress.rollbacks = int(rollbacks.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{rollbacks} is damaged; write into it how often training went back, or 0.") from error
     tensors = {name: checkpoint.load(path, name) for name in ("weights", "average", "optimizer")}
     checkpoint.load_into(session.learner.model, tensors["weights"], path)
     session.average.load(tensors["average"])

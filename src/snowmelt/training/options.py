@@ -111,6 +111,7 @@ def overrides_of(options: TrainOptions) -> dict[str, dict[str, Any]]:
             "learning_rate": options.learning_rate,
             "flip": options.flip or None,
             "seed": options.seed or None,
+            "precision": None if options.precision == "auto" else options.precision,
             "steps": options.steps,
             "seconds": None if options.duration is None else seconds_of(options.duration),
         },
@@ -123,12 +124,10 @@ def overrides_of(options: TrainOptions) -> dict[str, dict[str, Any]]:
         if known[section]:
             option = option_of(next(iter(known[section])))
             raise UserError(f"{option} says how a diffusion model learns; leave it away, or leave --model away.")
-    return {section: {**tables.get(section, {}), **known.get(section, {})} for section in sections}
-
-
-def precision_of(options: TrainOptions, overrides: dict[str, dict[str, Any]]) -> str:
-    """The one asked for, or auto."""
-    return options.precision if options.precision != "auto" else overrides["training"].get("precision", "auto")
+    overrides = {section: {**tables.get(section, {}), **known.get(section, {})} for section in sections}
+    if overrides["training"].get("precision") == "auto":
+        del overrides["training"]["precision"]
+    return overrides
 
 
 def resolve(

@@ -39,7 +39,13 @@ class Plan:
 
     @staticmethod
     def open(path: Path, config: TrainingConfig) -> Plan:
-        """The plan kept at `path`, or a new one."""
+        """The plan kept at `path`, or a new one.
+
+        Raises:
+            UserError: it is damaged; or the configuration gives steps and a time, or neither.
+        """
+        if (config.steps is None) == (config.seconds is None):
+            raise UserError("[training] has to give steps or seconds; put config.toml back as it was.")
         if config.steps is not None:
             return Plan(config, path, [(0, config.steps)])
         try:

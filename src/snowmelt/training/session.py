@@ -279,8 +279,8 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
     precision.assert_active(learner.model, lambda: learner.held_out(one, generator(0, "check", device=device)))
     progress = restore(session)
     run.forget_metrics_after(progress.step)
+    session.started = started - progress.elapsed
     if progress.step:
-        session.started = started - progress.elapsed
         log(f"Continuing {run.path} from step {progress.step}.")
     run.write_status("training", step=progress.step, images=progress.images)
     return session, progress

@@ -10,6 +10,7 @@ from itertools import islice
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ HELD_OUT = 48
 """Held-out pictures, and as many training pictures, looked at for each preview."""
 LOSS = "held_out_loss"
 """The error that every family measures by this name, on training pictures too."""
+MOMENTS, STRIP = 10, 10
+"""Noisy images of each picture of a strip, and its pictures, at most."""
 SHOWN = 8
 """Rows of what only one family can show."""
 WATCH_SHARE = 0.05
@@ -70,6 +73,14 @@ def numbers(values: Sequence[float | Tensor]) -> list[float]:
     """Losses as numbers; those on a device are fetched together, since it is waited for each time."""
     there = [value for value in values if isinstance(value, Tensor)]
     return torch.stack(there).tolist() if len(there) == len(values) > 0 else [float(value) for value in values]
+
+
+class Drawn(NamedTuple):
+    """What a preview drew."""
+
+    pictures: Images
+    strip: list[Images]
+    """Some of them: `MOMENTS` noisy images, and the pictures."""
 
 
 @dataclass
@@ -97,12 +108,12 @@ class Watch:
     """Of drawing the curves."""
     checkpoint_seconds: float = 0.0
     """Of saving everything, at most so far: the first time without the momenta of the optimizer."""
-    last: tuple[int, list[Images]] = (-1, [])
-    """The moments that the preview of the last step drew, which are the final pictures, and that step."""
     errors_seconds: float = 0.0
-    """Of the errors in it."""
+    """Of the errors in a preview."""
     pace: float = 0.0
-    """Seconds of an update, as these belong to."""
+    """Seconds of an update when the last preview was seen or foreseen; 0 until the next look at the horizon."""
+    last: tuple[int, Drawn | None] = (-1, None)
+    """What the preview of the last step drew, which are the final pictures, and that step."""
     spent: float = 0.0
     """Seconds on previews so far, in this process."""
     spent_on_errors: float = 0.0
@@ -130,6 +141,11 @@ class Watch:
             }
             self.run.append_metrics(line | {name: fmean(values) for name, values in finite.items() if values})
             self.losses.clear()
+
+    def forget(self) -> None:
+        """The run has gone back to an earlier state: what was seen since does not count."""
+        self.losses.clear()
+        self.speeds.clear()
 
     def images_per_second(self) -> float:
         """Over the last updates."""
@@ -241,25 +257,26 @@ class Watch:
             self.saving_seconds = time.monotonic() - begin
         self._plot()
         self.preview_seconds = drawn + self.saving_seconds + self.errors_seconds + self.plotting_seconds
+        self.pace = 0.0
 
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
         begin = time.monotonic()
         with self.average.applied():
-            moments = self._draw()
-            if moments is None:
+            drawn = self._draw()
+            if drawn is None:
                 return
             if self.plan.finished(progress.step):
-                self.last = progress.step, moments
+                self.last = progress.step, drawn
             path = self.run.folder("previews") / f"{progress.step:09d}.png"
             saving = time.monotonic()
-            save_png(path, sheet(moments[-1], self._columns()))
+            save_png(path, sheet(drawn.pictures, self._columns()))
             self.saving_seconds = time.monotonic() - saving
             errors = time.monotonic()
-            self._measure(progress, moments[-1])
+            self._measure(progress, drawn.pictures)
             self.errors_seconds = time.monotonic() - errors
         self._plot()
-        self.preview_seconds = time.monotonic() - begin
+        self.preview_seconds, self.pace = time.monotonic() - begin, 0.0
         self.spent += self.preview_seconds
 
     def _plot(self) -> None:
@@ -272,16 +289,15 @@ class Watch:
         """The final pictures: a grid, a strip of pictures melting out of noise, and what else the family can show."""
         step, drawn = self.last
         with self.average.applied():
-            moments = drawn if step == progress.step else self._draw()
-            if moments is None:
+            drawn = drawn if step == progress.step else self._draw()
+            if drawn is None:
                 return []
             shown = self._shows()
-        rows = range(0, len(moments[-1]), self._columns())
         if not self.learner.model.at_once:
-            shown["strip"] = [moment[list(rows)][:10] for moment in moments]
+            shown["strip"] = drawn.strip
         path = self.run.path
         return [
-            save_png(path / "grid.png", sheet(moments[-1], self._columns(), smallest=64)),
+            save_png(path / "grid.png", sheet(drawn.pictures, self._columns(), smallest=64)),
             *(save_png(path / f"{name}.png", strip(columns, smallest=64)) for name, columns in shown.items()),
         ]
 
@@ -331,7 +347,6 @@ class Watch:
                 f"beyond doubt): more pictures help, or less training{'; ' + where if where else ''}.",
             )
         else:
-            self.run.before.mkdir(exist_ok=True)
             checkpoint.save(
                 self.run.before, progress.step, {"average": self.average.state()}, progress.as_dict(), keep=1
             )
@@ -361,16 +376,18 @@ class Watch:
     def _columns(self) -> int:
         return min(8, 48 // min(len(self.run.config.data.classes), 10)) if self.run.config.data.classes else 6
 
-    def _draw(self) -> list[Images] | None:
-        """The noisy image at ten moments and the picture; None when the run was asked to stop meanwhile."""
-        moments: list[Images] = []
-        last: list[Images] = []
+    def _draw(self) -> Drawn | None:
+        """The pictures, and how some came to be; None when the run was asked to stop meanwhile."""
+        moments, pictures = list[Images](), None
         for step in self._steps():
-            moments.append(step.x)
             if self.stop.requested:
                 return None
-            last = [step.x0]
-        return [*(moments[index] for index in moments_of(len(moments), 10)), *last]
+            # Of every moment only what will be shown: all of it may be more than there is memory for.
+            moments.append(step.x[:: self._columns()][:STRIP].clone())
+            pictures = step.x0
+        assert pictures is not None, "a walk has a step"
+        shown = [moments[index] for index in moments_of(len(moments), MOMENTS)]
+        return Drawn(pictures, [*shown, pictures[:: self._columns()][:STRIP]])
 
     def _steps(self) -> Iterator[Step]:
         """From the run's fixed noise to pictures."""
