@@ -38,10 +38,10 @@ from snowmelt.ema import Average
 from snowmelt.evaluating.draw import Drawn
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import in_spaces, spaces_of
-from snowmelt.evaluation.drawing import class_by_chance
+from snowmelt.evaluation.drawing import SHARP, SMOOTH, class_by_chance, detail
 from snowmelt.evaluation.levels import errors_of
 from snowmelt.models import build_learner
-from snowmelt.models.base import Drawing, Learner
+from snowmelt.models.base import Drawing, Learner, Model
 from snowmelt.models.diffusion import HELD_OUT_LEVELS
 from snowmelt.networks.group_norm import channels_last_pays
 from snowmelt.pictures import save_png, sheet
@@ -134,6 +134,18 @@ def trained(config: Config, data: Prepared, options: Options, seed: int) -> tupl
     return learner, average, about
 
 
+def drawn_by(model: Model, drawing: Drawing, count: int) -> torch.Tensor:
+    """So many pictures."""
+    parts, facts = list[torch.Tensor](), model.config.data  # type: ignore[attr-defined]
+    classes = torch.tensor([class_by_chance(facts, 0, number) for number in range(count)]) if facts.classes else None
+    for start in range(0, count, BATCH):
+        numbers = range(start, min(start + BATCH, count))
+        source = noise_source([0] * len(numbers), numbers, (facts.channels, facts.size, facts.size))
+        *_, last = model.sample(source, None if classes is None else classes[start : start + BATCH], drawing)
+        parts.append(last.x0)
+    return torch.cat(parts)
+
+
 def measured(learner: Learner, average: Average, data: Prepared, options: Options, name: str) -> dict[str, Any]:
     """Loss and distance with the average weights."""
     with average.applied():
@@ -143,20 +155,18 @@ def measured(learner: Learner, average: Average, data: Prepared, options: Option
             by_level = [found[f"error at log-SNR {level:+.0f}"] * (1 + math.exp(level)) for level in HELD_OUT_LEVELS]
             found["error of v"] = sum(by_level) / len(by_level)
         if options.samples:
-            parts: list[torch.Tensor] = []
-            facts = learner.model.config.data  # type: ignore[attr-defined]
-            for start in range(0, options.samples, BATCH):
-                numbers = range(start, min(start + BATCH, options.samples))
-                source = noise_source([0] * len(numbers), numbers, (facts.channels, facts.size, facts.size))
-                classes = [class_by_chance(facts, 0, number) for number in numbers] if facts.classes else []
-                *_, last = learner.model.sample(source, torch.tensor(classes) if classes else None, Drawing())
-                parts.append(last.x0)
-            drawn = torch.cat(parts)
+            drawing = Drawing()
+            drawn = drawn_by(learner.model, drawing, options.samples)
+            if not learner.model.at_once:
+                # As `snowmelt train` decides at its end, though by more pictures.
+                sharp = drawn_by(learner.model, Drawing(sampler=SHARP), options.samples)
+                if detail(drawn) < SMOOTH * detail(sharp):
+                    drawing, drawn = Drawing(sampler=SHARP), sharp
             save_png(options.out / f"{name}.png", sheet(drawn[:80], 10))
             spaces = spaces_of(data, EvaluateOptions(Path()), Log(console(), options.out / "log.txt"))
             pixels: np.ndarray = to_pixels(drawn).numpy()
             figures = in_spaces(spaces, data, Drawn(pixels, None, 0.0), seed=0, names=("frechet",))
-            found |= {f"frechet {figure.space}": figure.value for figure in figures} | {"sampler": Drawing().sampler}
+            found |= {f"frechet {figure.space}": figure.value for figure in figures} | {"sampler": drawing.sampler}
     return found
 
 

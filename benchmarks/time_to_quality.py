@@ -147,6 +147,7 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     from snowmelt.evaluating.draw import Drawn
     from snowmelt.evaluating.options import EvaluateOptions
     from snowmelt.evaluating.quality import in_spaces, spaces_of
+    from snowmelt.evaluation.drawing import usual
     from snowmelt.evaluation.features import real_features
     from snowmelt.evaluation.metrics import frechet_of
     from snowmelt.evaluation.neighbours import Pair
@@ -159,13 +160,16 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     prepared = open_prepared(data)
     facts = facts_of(prepared)
     bind: Callable[[Any], Denoise]
+    own = Drawing()
     if run is None:
         assert denoise is not None
 
         def bind(_labels: Any) -> Denoise:
             return denoise
     else:
-        model, _ = Run.open(run).load_model(Precision(torch.device("cpu")))
+        trained = Run.open(run)
+        model, state = trained.load_model(Precision(torch.device("cpu")))
+        own = usual(trained, state, own, sampler=None)
 
         def bind(labels: Any) -> Denoise:
             return lambda x, log_snr: model.bind(labels)(x, log_snr).clamp(-1, 1)
@@ -188,7 +192,7 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
         return found
     log = Log(console(), options.out / "log.txt")
     spaces = spaces_of(prepared, EvaluateOptions(Path()), log)
-    ways = {Drawing(): float("nan")}
+    ways = {own: float("nan")}
     if run is None:
         *_, random = spaces
         real = real_features(random, prepared, spread_rows(prepared.train, 2000))

@@ -145,6 +145,34 @@ def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tm
     assert of_early["log_snr"] == before["log_snr"]
 
 
+def test_detail_is_what_is_finer_than_two_pixels():
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(1, 3, 4, 4)
+    flat = torch.rand(1, 3, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    found = [drawing.detail(images) for images in (board, flat, 0.5 * board + flat, torch.cat([board, flat]))]
+    assert found == pytest.approx([1, 0, 0.25, 0.5], abs=1e-6)
+
+
+@pytest.mark.parametrize(("smooth", "sampler"), [(0.0, "dpmpp_2m_late"), (1e9, "dpmpp_2m")])
+def test_a_run_draws_with_the_sampler_that_suits_it(tiny, tmp_path, monkeypatch, smooth, sampler):
+    monkeypatch.setattr(watch, "SMOOTH", smooth)
+    run, words = tmp_path / "run", ["--steps", "3", "--batch", "16", "--precision", "fp32", "--config", str(tiny)]
+    assert cli(["train", "builtin:digits", "--out", str(run), *words]) == 0
+    assert f"Sampler: {sampler} (the fresh noise of dpmpp_2m_late leaves " in (run / "log.txt").read_text()
+
+    def drawn(*more: str) -> str:
+        name = tmp_path / f"{'-'.join(more)}"
+        assert (
+            cli(["sample", str(run), "--steps", "5", "--count", "1", "--classes", "0", "--out", str(name), *more]) == 0
+        )
+        return json.loads((name / "seed0-00000.json").read_text())["sampler"]
+
+    assert drawn() == sampler and drawn("--sampler", "ddim") == "ddim"
+    kept = run / "evaluations" / drawing.SUITED
+    for spoiled in ("{", '{"sampler": "ddpm"}', "[1]"):
+        kept.write_text(spoiled)
+        assert drawn() == "dpmpp_2m_late"
+
+
 def test_the_mean_of_a_class_stands_for_one_answer(digits, tmp_path):
     """The network is asked once less; the means are kept, and made again where what was kept is damaged."""
     kept = digits / "evaluations" / drawing.MEANS

@@ -23,7 +23,7 @@ from snowmelt.diffusion.search import Costs, Trajectories
 from snowmelt.diffusion.walk import Step
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import order_of
-from snowmelt.evaluation.drawing import keep_tuned, tuned
+from snowmelt.evaluation.drawing import keep_tuned, usual
 from snowmelt.evaluation.metrics import frechet_of
 from snowmelt.evaluation.neighbours import Pair
 from snowmelt.models.base import Drawing
@@ -254,7 +254,7 @@ def test_levels_of_other_weights_are_not_used(digits):
 
     def known_for(steps: int) -> Drawing | None:
         asked = Drawing(steps=steps)
-        found = tuned(run, state, asked, sampler=None)
+        found = usual(run, state, asked, sampler=None)
         return None if found == asked else found
 
     noisy = Drawing(sampler="dpmpp_2m", eta=0.25, levels=(-6.0, 0.0, 1.0, 5.0))

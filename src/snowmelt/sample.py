@@ -52,7 +52,7 @@ class SampleOptions:
     """newest, before (it knew its training pictures by heart), or the number of a step that the run has kept."""
     sampler: str | None = None
     """ddim (no fresh noise), ddpm (fresh noise at every step), dpmpp_2m, unipc, heun, ...: docs/samplers.md. When not
-    given dpmpp_2m_late, or what `snowmelt tune` found best for so few steps."""
+    given, dpmpp_2m_late or dpmpp_2m, whichever suits the run, or what `snowmelt tune` found best for so few steps."""
     eta: float | None = None
     """How much fresh noise all steps of ddim, dpmpp_2m, dpmpp_2m_late, ... draw: 0 none, 1 as much as ddpm."""
     steps: int | None = None
@@ -115,7 +115,7 @@ def sample(options: SampleOptions) -> list[Path]:
     import torch
 
     from snowmelt.device import make_precision, pick_device
-    from snowmelt.evaluation.drawing import make_ready, tuned
+    from snowmelt.evaluation.drawing import make_ready, usual
     from snowmelt.models import check_drawing
     from snowmelt.models.base import Drawing
     from snowmelt.pictures import save_png, sheet, strip
@@ -125,7 +125,7 @@ def sample(options: SampleOptions) -> list[Path]:
     run = Run.open(Path(options.run))
     wanted = wanted_pictures(options, run)
 
-    drawing = tuned(run, run.state_of(options.state), Drawing.of(options), sampler=options.sampler)
+    drawing = usual(run, run.state_of(options.state), Drawing.of(options), sampler=options.sampler)
     check_drawing(drawing, classes=bool(run.config.data.classes))
     precision = make_precision(pick_device(options.device), options.precision)
     model, checkpoint = run.load_model(precision, options.state)

@@ -48,7 +48,7 @@ class EvaluateOptions:
     state: str = "newest"
     """newest, before (it knew its training pictures by heart), or the number of a step that the run has kept."""
     sampler: str | None = None
-    """How a diffusion model draws: dpmpp_2m_late when not given, or what `snowmelt tune` found for so few --steps."""
+    """How a diffusion model draws: as `snowmelt sample` does when not given."""
     steps: int | None = None
     """Levels it visits; 15 when not given."""
     guidance: float = 1.0

@@ -23,7 +23,7 @@ from snowmelt.errors import UserError
 from snowmelt.evaluating.draw import Drawn, Order, draw, seconds_per_picture
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.classes import recognised
-from snowmelt.evaluation.drawing import tuned
+from snowmelt.evaluation.drawing import usual
 from snowmelt.evaluation.features import Space, expected_seconds, open_spaces, real_features
 from snowmelt.evaluation.levels import errors_of
 from snowmelt.evaluation.memorization import Gap, Searched, find_copies, gaps
@@ -57,7 +57,7 @@ def order_of(run: Run, options: EvaluateOptions) -> Order:
     """What is drawn for these options."""
     numbers = tuple(range(options.samples))
     device = str(pick_device(options.device))
-    drawing = tuned(run, run.state_of(options.state), drawing_of(options), sampler=options.sampler)
+    drawing = usual(run, run.state_of(options.state), drawing_of(options), sampler=options.sampler)
     return Order(str(run.path), options.state, drawing, options.seed, numbers, options.batch, device)
 
 

@@ -1,14 +1,16 @@
-"""What a drawing may need beside the weights: what `tune` found, the early state of the run, a measured variance."""
+"""What a drawing may need beside the weights: the sampler that suits the run, what `tune` found, the early state of the
+run, a measured variance."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -149,6 +151,34 @@ def _powers(run: Run, model: DiffusionModel, grid: Grid) -> list[float]:
     return (total / len(rows)).tolist()
 
 
+SUITED = "sampler.json"
+SHARP = "dpmpp_2m"
+"""The usual sampler without its fresh noise."""
+SMOOTH = 0.85
+"""Detail that fresh noise leaves of what there is without, below which it costs more than it mends (docs/recipe.md)."""
+
+
+def detail(images: Images) -> float:
+    """Mean square, over pictures and pixels, of what is finer than squares of 2 x 2 pixels: waves shorter than four."""
+    coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2.0)
+    return (images - coarse).square().mean().item()
+
+
+def keep_suited(run: Run, sampler: str, kept: float) -> None:
+    """Keep in the run which sampler suits it, and the share of `detail` by which that was seen."""
+    told = {"sampler": sampler, "detail": round(kept, 4)}
+    write_atomic(run.folder("evaluations") / SUITED, json.dumps(told, indent=1))
+
+
+def suited(run: Run) -> str | None:
+    """The sampler that training found to suit the run; None where it did not look, or what it kept is damaged."""
+    try:
+        sampler = json.loads((run.path / "evaluations" / SUITED).read_text(encoding="utf-8"))["sampler"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return sampler if sampler in (SHARP, Drawing().sampler) else None
+
+
 TUNED = "levels.json"
 
 
@@ -160,15 +190,18 @@ def keep_tuned(run: Run, state: Path, found: dict[int, Drawing]) -> Path:
     return path
 
 
-def tuned(run: Run, state: Path, drawing: Drawing, *, sampler: str | None) -> Drawing:
-    """How `tune` found that so few steps draw best with the weights of `state`, or `drawing` where it did not look.
+def usual(run: Run, state: Path, drawing: Drawing, *, sampler: str | None) -> Drawing:
+    """How is drawn what is asked for where nobody names a sampler: as `tune` found that so few steps draw best with the
+    weights of `state`, or else with the sampler that suits the run.
 
     Args:
-        drawing: what is asked for; where that is more than a number of steps, it is left as it is.
+        drawing: what is asked for; where that is more than a number of steps, what `tune` found does not apply.
         sampler: the one asked for by its name.
     """
-    found = _tuned(run, state, drawing.steps) if sampler is None and drawing == Drawing(steps=drawing.steps) else None
-    return found or drawing
+    if sampler is not None:
+        return drawing
+    found = _tuned(run, state, drawing.steps) if drawing == Drawing(steps=drawing.steps) else None
+    return found or replace(drawing, sampler=suited(run) or drawing.sampler)
 
 
 def _tuned(run: Run, state: Path, steps: int) -> Drawing | None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from snowmelt.config import Config
 from snowmelt.device import Precision, pick_device
+from snowmelt.evaluation.drawing import SHARP
 from snowmelt.models import build_learner
 from snowmelt.terminal import words_of
 from snowmelt.training.watch import DRAWING, WATCH_SHARE
@@ -47,7 +48,9 @@ def plan_table(config: Config, images_per_second: float | None) -> Table:
         "changes": _changes(config),
         "average": f"of the weights, as wide as {training.average:.0%} of the run",
         "previews": f"at most {WATCH_SHARE:.0%} of the time",
-        "pictures drawn": "in a single step" if model.at_once else f"in {DRAWING.steps} steps of {DRAWING.sampler}",
+        "pictures drawn": "in a single step"
+        if model.at_once
+        else f"in {DRAWING.steps} steps of {DRAWING.sampler}, or of {SHARP} where that costs them their detail",
     }
     table = Table(show_header=False, title="With these pictures, on this machine", title_justify="left")
     for name, fact in facts.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -25,6 +25,7 @@ from snowmelt.device import memory_in_use
 from snowmelt.diffusion.walk import Step
 from snowmelt.ema import Average
 from snowmelt.evaluation.curves import plot_curves
+from snowmelt.evaluation.drawing import SHARP, SMOOTH, detail, keep_suited
 from snowmelt.evaluation.levels import batch_of, errors_of
 from snowmelt.evaluation.memorization import gaps
 from snowmelt.models.base import Drawing, Learner
@@ -43,7 +44,7 @@ PREVIEWS = [0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 LINES = 200
 """Lines of metrics over a run."""
 DRAWING = Drawing()
-"""How previews and the final pictures are drawn."""
+"""How previews are drawn, and the final pictures where that suits the run."""
 HELD_OUT = 48
 """Held-out pictures, and as many training pictures, looked at for each preview."""
 LOSS = "held_out_loss"
@@ -106,6 +107,8 @@ class Watch:
     """Of writing its picture."""
     plotting_seconds: float = 0.0
     """Of drawing the curves."""
+    drawing_seconds: float = 0.0
+    """Of drawing its pictures, without saving or measuring anything."""
     checkpoint_seconds: float = 0.0
     """Of saving everything, at most so far: the first time without the momenta of the optimizer."""
     errors_seconds: float = 0.0
@@ -209,8 +212,10 @@ class Watch:
         self.pace = per_step
 
     def seconds_of_finish(self) -> float:
-        """How long it takes to write the final pictures, grid and strip twice as large, a checkpoint and a report."""
-        return FINISH + 3 * self.saving_seconds + 2 * self.checkpoint_seconds
+        """How long it takes to write the final pictures, grid and strip twice as large, a checkpoint and a report; and
+        to draw them with another sampler too."""
+        again = 0.0 if self.learner.model.at_once else self.drawing_seconds
+        return FINISH + again + 3 * self.saving_seconds + 2 * self.checkpoint_seconds
 
     def preview_if_due(self, progress: Progress) -> None:
         """Draw the preview of this moment, or measure its errors, if there is one and earlier ones left time for it."""
@@ -244,29 +249,32 @@ class Watch:
         most = PROBING * (self.plan.config.seconds or 0.0)
         at_once, taken, begin = self.learner.model.at_once, list[float](), time.monotonic()
         pictures: Images | None = None
-        for step in islice(self._steps(), 1 if at_once else PROBED_STEPS):
+        for step in islice(self._steps(DRAWING), 1 if at_once else PROBED_STEPS):
             pictures = step.x0
             taken.append(time.monotonic() - begin)
             if len(taken) > 1 and sum(taken) > most:
                 break
             begin = time.monotonic()
-        drawn = taken[0] if at_once else median(taken[1:]) * DRAWING.count
+        self.drawing_seconds = taken[0] if at_once else median(taken[1:]) * DRAWING.count
         if pictures is not None:
             begin = time.monotonic()
             png_of(sheet(pictures, self._columns()))
             self.saving_seconds = time.monotonic() - begin
         self._plot()
-        self.preview_seconds = drawn + self.saving_seconds + self.errors_seconds + self.plotting_seconds
+        foreseen = self.drawing_seconds, self.saving_seconds, self.errors_seconds, self.plotting_seconds
+        self.preview_seconds = sum(foreseen)
         self.pace = 0.0
 
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
         begin = time.monotonic()
         with self.average.applied():
-            drawn = self._draw()
+            finished = self.plan.finished(progress.step)
+            drawn = self._draw_at_last() if finished else self._draw(DRAWING)
             if drawn is None:
                 return
-            if self.plan.finished(progress.step):
+            self.drawing_seconds = time.monotonic() - begin
+            if finished:
                 self.last = progress.step, drawn
             path = self.run.folder("previews") / f"{progress.step:09d}.png"
             saving = time.monotonic()
@@ -289,7 +297,7 @@ class Watch:
         """The final pictures: a grid, a strip of pictures melting out of noise, and what else the family can show."""
         step, drawn = self.last
         with self.average.applied():
-            drawn = drawn if step == progress.step else self._draw()
+            drawn = drawn if step == progress.step else self._draw_at_last()
             if drawn is None:
                 return []
             shown = self._shows()
@@ -376,10 +384,25 @@ class Watch:
     def _columns(self) -> int:
         return min(8, 48 // min(len(self.run.config.data.classes), 10)) if self.run.config.data.classes else 6
 
-    def _draw(self) -> Drawn | None:
+    def _draw_at_last(self) -> Drawn | None:
+        """The final pictures, drawn as usual or, where fresh noise costs them their detail, without; from then on that
+        is how the run draws."""
+        drawn = self._draw(DRAWING)
+        if drawn is None or self.learner.model.at_once:
+            return drawn
+        sharp = self._draw(replace(DRAWING, sampler=SHARP))
+        if sharp is None:
+            return None
+        kept = detail(drawn.pictures) / max(detail(sharp.pictures), 1e-12)
+        sampler, drawn = (SHARP, sharp) if kept < SMOOTH else (DRAWING.sampler, drawn)
+        self.log(f"Sampler: {sampler} (the fresh noise of {DRAWING.sampler} leaves {kept:.0%} of the detail).")
+        keep_suited(self.run, sampler, kept)
+        return drawn
+
+    def _draw(self, drawing: Drawing) -> Drawn | None:
         """The pictures, and how some came to be; None when the run was asked to stop meanwhile."""
         moments, pictures = list[Images](), None
-        for step in self._steps():
+        for step in self._steps(drawing):
             if self.stop.requested:
                 return None
             # Of every moment only what will be shown: all of it may be more than there is memory for.
@@ -389,10 +412,10 @@ class Watch:
         shown = [moments[index] for index in moments_of(len(moments), MOMENTS)]
         return Drawn(pictures, [*shown, pictures[:: self._columns()][:STRIP]])
 
-    def _steps(self) -> Iterator[Step]:
+    def _steps(self, drawing: Drawing) -> Iterator[Step]:
         """From the run's fixed noise to pictures."""
         data, labels = self.run.config.data, self._labels()
         count = 36 if labels is None else len(labels)
         shape = (data.channels, data.size, data.size)
         noise = noise_source([self.run.config.training.seed] * count, range(count), shape, self.device)
-        yield from self.learner.model.sample(noise, labels, DRAWING)
+        yield from self.learner.model.sample(noise, labels, drawing)
