@@ -139,13 +139,14 @@ def main(options: Options) -> None:
     """Run every cell, and print the table after each."""
     from contest import data_of, found_in
     from snowmelt.data.prepared import is_prepared
+    from snowmelt.data.source import name_of
 
     found_in(options.out, size=options.size, samples=options.samples, seed=options.seed)
     file = options.out / "found.json"
     for source in options.sources:
         # A prepared dataset lies in a folder that tells more than its own name, mostly "data".
         named = Path(source).resolve().parent if is_prepared(Path(source)) else Path(source)
-        folder = options.out / named.name.split(".")[0]
+        folder = options.out / name_of(str(named))
         folder.mkdir(exist_ok=True)
         data = data_of(source, folder, options.size)
         for minutes in options.minutes:

@@ -32,7 +32,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -153,7 +152,6 @@ def snowmelt_trained(data: Path, seconds: float, options: Options, device: torch
     status = train_snowmelt(data, max(seconds, SHORTEST), path, options.seed, *asked)
     run = Run.open(path)
     training = run.config.training
-    speeds = [line["images_per_second"] for line in run.metrics() if "images_per_second" in line]
     model, _ = run.load_model(Precision(device))
     assert isinstance(model, DiffusionModel)
 
@@ -163,7 +161,7 @@ def snowmelt_trained(data: Path, seconds: float, options: Options, device: torch
 
     return bind, {
         "images": status["images"],
-        "speed": median(speeds),
+        "speed": run.speed(),
         "parameters": status["parameters"],
         "operations": operations_of(run.config.network, run.config.data),
         "how": ", ".join((*training.ways, f"batch {training.batch}")),

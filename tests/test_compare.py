@@ -264,11 +264,11 @@ def test_an_interrupted_comparison_saves_and_says_how_to_go_on(digits, tmp_path)
         while not (out / "vae" / "metrics.jsonl").exists():
             assert process.poll() is None and time.monotonic() < deadline, "it never began"
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == 128 + signal.SIGTERM
     assert "the same command continues" in said and "Traceback" not in said
     assert json.loads((out / "vae" / "status.json").read_text())["state"] == "stopped"
     assert json.loads((out / "plan.json").read_text())["spent"]["vae"] > 0

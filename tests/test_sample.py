@@ -152,6 +152,18 @@ def test_detail_is_what_is_finer_than_two_pixels():
     assert found == pytest.approx([1, 0, 0.25, 0.5], abs=1e-6)
 
 
+def first_of(run: Path) -> np.ndarray:
+    """The first picture of a run's final grid."""
+    return np.asarray(Image.open(run / "grid.png").crop((2, 2, 66, 66))).astype(int)
+
+
+def enlarged(folder: Path) -> np.ndarray:
+    """A picture that was drawn, as a grid shows it: two levels off at most, one for the size of the batch, and
+    enlarging may round it once more."""
+    first = Image.open(folder / "seed0-00000.png").resize((64, 64), Image.Resampling.BICUBIC)
+    return np.asarray(first).astype(int)
+
+
 @pytest.mark.parametrize(("smooth", "sampler"), [(0.0, "dpmpp_2m_late"), (1e9, "dpmpp_2m")])
 def test_a_run_draws_with_the_sampler_that_suits_it(tiny, tmp_path, monkeypatch, smooth, sampler):
     monkeypatch.setattr(watch, "SMOOTH", smooth)
@@ -160,13 +172,13 @@ def test_a_run_draws_with_the_sampler_that_suits_it(tiny, tmp_path, monkeypatch,
     assert f"Sampler: {sampler} (the fresh noise of dpmpp_2m_late leaves " in (run / "log.txt").read_text()
 
     def drawn(*more: str) -> str:
-        name = tmp_path / f"{'-'.join(more)}"
-        assert (
-            cli(["sample", str(run), "--steps", "5", "--count", "1", "--classes", "0", "--out", str(name), *more]) == 0
-        )
+        name = tmp_path / f"drawn{'-'.join(more)}"
+        usual = ["--steps", str(watch.DRAWING.steps), "--count", "1", "--classes", "0", "--out", str(name)]
+        assert cli(["sample", str(run), *usual, *more]) == 0
         return json.loads((name / "seed0-00000.json").read_text())["sampler"]
 
     assert drawn() == sampler and drawn("--sampler", "ddim") == "ddim"
+    assert abs(first_of(run) - enlarged(tmp_path / "drawn")).max() <= 2, "and so are the final pictures drawn"
     kept = run / "evaluations" / drawing.SUITED
     for spoiled in ("{", '{"sampler": "ddpm"}', "[1]"):
         kept.write_text(spoiled)
@@ -247,15 +259,6 @@ def test_unconditional_pictures_have_classes_as_often_as_the_data(digits, tmp_pa
     assert (abs(counts - expected) < 4 * np.sqrt(expected * 0.9)).all()
     again = [one.label for one in wanted_pictures(dataclasses.replace(options, first=17, count=1), run)]
     assert again == [labels[17]], "the class of a picture does not depend on what is drawn beside it"
-
-
-def test_the_last_pictures_of_training_are_what_sample_draws(digits, tmp_path):
-    """The run's own final grid comes from the same noise, weights and steps: seed 0, four columns of class 0 first."""
-    sample(SampleOptions(digits, out=tmp_path, count=1, classes=("0",), steps=watch.DRAWING.steps))
-    shown = np.asarray(Image.open(digits / "grid.png").crop((2, 2, 66, 66))).astype(int)
-    drawn = np.asarray(Image.open(tmp_path / "seed0-00000.png").resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
-    # Two levels: one for the batch size, and enlarging may round it once more.
-    assert abs(shown - drawn).max() <= 2
 
 
 @pytest.mark.parametrize(

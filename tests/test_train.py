@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from snowmelt.presets import (
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, train
 from snowmelt.training import session
-from snowmelt.training.options import resolve
+from snowmelt.training.options import overrides_of, resolve
 
 QUICK = ("--precision", "fp32", "--config")
 
@@ -132,10 +133,10 @@ def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "16 x 16, colour, 2 classes" in said and "images/s" in said and "of 16 images" in said
     assert set(tmp_path.iterdir()) == before, "no run, and no prepared pictures"
-    assert start(pictures, tmp_path / "run", small, "--steps", "30", "--plan") == 0
-    assert "about 30 of 16 images: 480, 13 times each picture" in " ".join(
-        capsys.readouterr().err.replace("│", " ").split()
-    )
+    assert start(pictures, tmp_path / "run", small, "--steps", "30", "--plan", "--flip") == 0
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "about 30 of 16 images: 480, 13 times each picture" in said
+    assert "changes half of the pictures mirrored average" in said
 
 
 def test_short_times_have_small_batches_unless_asked(small):
@@ -523,11 +524,12 @@ def test_what_previews_take_follows_the_machine():
     from snowmelt.training import watch
 
     one = object.__new__(watch.Watch)
-    one.preview_seconds, one.errors_seconds, one.plotting_seconds = 10.0, 1.0, 2.0
+    one.preview_seconds, one.errors_seconds, one.plotting_seconds, one.drawing_seconds = 10.0, 1.0, 2.0, 6.0
     one.keep_pace(0.4)
-    assert (one.preview_seconds, one.errors_seconds) == (10.0, 1.0)
+    assert (one.preview_seconds, one.errors_seconds, one.drawing_seconds) == (10.0, 1.0, 6.0)
     one.keep_pace(0.1)
     assert one.preview_seconds == pytest.approx(4.0) and one.errors_seconds == pytest.approx(0.25)
+    assert one.drawing_seconds == pytest.approx(1.5)
     one.preview_seconds = 1.0
     one.keep_pace(0.2)
     assert one.preview_seconds == 1.0, "less than a plot is known of it"
@@ -586,6 +588,54 @@ def test_what_cannot_be_trained_is_one_sentence_and_writes_nothing(pictures, tmp
     assert cli(["train", str(pictures), "--out", str(out), "--config", str(tmp_path / "settings.toml"), *words]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "option", "asked"), [("auto", "auto", None), ("fp32", "auto", "fp32"), ("fp16", "fp32", "fp32")]
+)
+def test_a_precision_may_be_written_down_and_the_option_wins(tmp_path, written, option, asked):
+    settings = tmp_path / "mine.toml"
+    settings.write_text(f'[training]\nprecision = "{written}"\n')
+    overrides = overrides_of(TrainOptions("pictures", config=settings, precision=option))
+    assert overrides["training"].get("precision") == asked
+
+
+@pytest.mark.parametrize(
+    ("file", "was", "now", "said"),
+    [
+        (
+            "config.toml",
+            'optimizer = "muon"',
+            'optimizer = "adam"',
+            "no optimizer 'adam'; did you mean 'adamw'",
+        ),
+        ("config.toml", "steps = 2", "steps = 2\nseconds = 60.0", "has to give steps or seconds"),
+        ("config.toml", "steps = 2", "", "has to give steps or seconds"),
+        ("rollbacks.json", "", "not a number", "rollbacks.json is damaged"),
+    ],
+)
+def test_what_was_altered_in_a_run_is_named(ready, small, tmp_path, capsys, file, was, now, said):
+    out = tmp_path / "run"
+    assert start(ready, out, small, "--steps", "2") == 0
+    Run.open(out).write_status("stopped")
+    path = out / file
+    before = path.read_text() if path.exists() else ""
+    assert was in before
+    path.write_text(before.replace(was, now) if was else now)
+    capsys.readouterr()
+    assert cli(["train", "--resume", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_what_was_seen_before_a_rollback_does_not_count():
+    from snowmelt.training import watch
+
+    one = object.__new__(watch.Watch)
+    one.losses, one.speeds = {"loss": [9.0]}, deque([(0.0, 320), (1.0, 640)], maxlen=40)
+    one.forget()
+    one.speeds += [(2.0, 16), (3.0, 48)]
+    assert one.images_per_second() == 32 and not one.losses
 
 
 def test_pictures_of_one_colour_have_a_deviation_that_can_be_divided_by(pictures, tmp_path):

@@ -72,15 +72,18 @@ def compare(options: CompareOptions) -> Path:
 
 
 def _name(options: CompareOptions) -> str:
-    names = [Path(source.removeprefix("builtin:")).resolve().name.split(".")[0] for source in options.sources]
-    return "-".join(names)[:80] or "comparison"
+    from snowmelt.data.source import name_of
+
+    return "-".join(map(name_of, options.sources))[:80]
 
 
 def _request(options: CompareOptions) -> dict[str, Any]:
     """The options that make the comparison what it is."""
+    from snowmelt.data.source import resolved
+
     asked = dataclasses.asdict(options)
     kept = {name: value for name, value in asked.items() if name not in PROCESS_OPTIONS}
-    kept["sources"] = [one if one.startswith("builtin:") else str(Path(one).resolve()) for one in options.sources]
+    kept["sources"] = [resolved(one) for one in options.sources]
     return json.loads(json.dumps(kept, default=str))
 
 
@@ -95,12 +98,13 @@ def _refuse_mixture(options: CompareOptions) -> None:
 
 def _check_source(options: CompareOptions) -> None:
     """Refuse pictures that are not there, and options that come too late for prepared ones."""
+    from snowmelt.data.source import is_builtin
     from snowmelt.prepare import refuse_late
 
     if options.size is not None:
         _check_sizes(options, DataConfig(options.size, 3))
     source = options.sources[0]
-    if not source.startswith("builtin:") and not Path(source).exists():
+    if not is_builtin(source) and not Path(source).exists():
         raise UserError(f"There is nothing at {source}; name a folder, zip or tar of images, or finished runs.")
     refuse_late(Path(source), options)
 

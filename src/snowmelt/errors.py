@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class Locked(UserError):
+    """Another process is at work on the same folder, which is left to it."""
+
+
 class Stopped(Exception):
     """A signal ended the work after everything was saved; the message says how to go on."""
 

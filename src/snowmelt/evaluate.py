@@ -22,7 +22,7 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
     # Late, so that the command line stays instant.
     from rich.console import Console
 
-    from snowmelt.evaluating.bits import bits_table, measure_bits
+    from snowmelt.evaluating.bits import bits_table, check_bits, measure_bits
     from snowmelt.evaluating.quality import check_run, measure_quality, spaces_of
     from snowmelt.evaluating.tables import quality_tables, reasons
     from snowmelt.run import Run
@@ -30,6 +30,8 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
     run = Run.open(Path(options.run))
     log, out, files = Log(console(), run.path / "log.txt"), Console(highlight=False), list[Path]()
     check_run(run, options)
+    if "bits" in options.measure:
+        check_bits(run, options)
     # Before anything is measured, since a name or weights may be wrong.
     spaces = spaces_of(run.open_pictures(), options, log) if "quality" in options.measure else []
     if "bits" in options.measure:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from snowmelt.errors import UserError
+from snowmelt.errors import Locked, UserError
 
 
 @contextmanager
@@ -23,12 +23,13 @@ def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
     Raises:
         UserError: nothing can be written there; before the block begins.
     """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing, made = [folder for folder in (path, *path.parents) if not folder.exists()], False
     try:
-        _make_writable(path)
+        made = _make_writable(path)
         yield path
     except BaseException as error:
-        if begun and missing and isinstance(error, UserError) and not (path / begun).exists():
+        refused = isinstance(error, UserError) and not isinstance(error, Locked)
+        if begun and made and refused and not (path / begun).exists():
             shutil.rmtree(path, ignore_errors=True)
         for folder in missing:
             with suppress(OSError):
@@ -36,13 +37,22 @@ def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
         raise
 
 
-def _make_writable(path: Path) -> None:
+def _make_writable(path: Path) -> bool:
+    """Whether it was made now, by this process and not by another at the same moment."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = True
+        try:
+            path.mkdir()
+        except FileExistsError:
+            made = False
+            if not path.is_dir():
+                raise
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"{path} cannot be written (no permission); choose another --out.")
+    return made
 
 
 def sync_directory(path: Path) -> None:

@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from snowmelt.data.assemble import Plan
 
 MIN_SIZE, MAX_SIZE = 8, 1024
-_ENDINGS = (".gz", ".bz2", ".xz", ".tgz", ".zip", ".tar")
 
 PICTURE_OPTIONS = ("size", "color", "background", "fit", "classes")
-"""What is decided of pictures when they are prepared; every verb that may have to prepare them has these options."""
+"""What is decided of pictures when they are prepared; `train` and `compare`, which may prepare them, have these too."""
 
 
 @dataclass(frozen=True)
@@ -119,21 +118,18 @@ def _check_size(size: int) -> None:
 
 def _check_source(source: str) -> str:
     """The name of the dataset."""
-    from snowmelt.data.assemble import BUILTIN, BUILTINS
-    from snowmelt.data.source import source_kind
+    from snowmelt.data.assemble import BUILTINS
+    from snowmelt.data.source import BUILTIN, is_builtin, name_of, source_kind
 
-    if source.startswith(BUILTIN):
+    if is_builtin(source):
         name = source.removeprefix(BUILTIN)
         choose(BUILTINS, name, "built-in dataset")
         return name
     path = Path(source)
     if is_prepared(path):
         raise UserError(f"{path} is a prepared dataset already; train on it with `snowmelt train {path}`.")
-    name = path.resolve().name
-    if source_kind(path) != "folder":
-        for ending in _ENDINGS:
-            name = name[: -len(ending)] if name.lower().endswith(ending) else name
-    return name or "images"
+    source_kind(path)
+    return name_of(source)
 
 
 def _color(text: str) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import filelock
@@ -22,7 +23,7 @@ import filelock
 from snowmelt import checkpoint
 from snowmelt.config import Config, read_config, to_toml
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
-from snowmelt.errors import UserError, choose
+from snowmelt.errors import Locked, UserError, choose
 from snowmelt.files import write_atomic
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ class Run:
         from snowmelt.presets import threads_for
 
         torch.set_num_threads(threads_for(self.config.data, cores()))
+        # Training in the same process may have asked for less.
+        torch.set_float32_matmul_precision("highest")
         path = self.state_of(state)
         weights = checkpoint.load(path, "average")
         if precision.device.type == "cpu":
@@ -205,6 +208,11 @@ class Run:
             return []
         return [fields for line in lines if (fields := _metrics_line(line))]
 
+    def speed(self) -> float | None:
+        """Images a second while it trained, the median over its metrics; None before it was seen."""
+        speeds = [line["images_per_second"] for line in self.metrics() if line.get("images_per_second")]
+        return median(speeds) if speeds else None
+
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines after `step`, which a resumed run writes again."""
         kept = [json.dumps(line) for line in self.metrics() if line["step"] <= step]
@@ -224,17 +232,16 @@ def lock(path: Path) -> Generator[None]:
     """Hold the directory of a run for writing; the system lets go when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it; the sentence names it.
+        Locked: another process holds it; the sentence names it.
     """
-    held = filelock.FileLock(path / ".lock", timeout=0)
+    # `is_locked` takes it for a moment.
+    held = filelock.FileLock(path / ".lock", timeout=0.2)
     owner = path / ".owner"
     try:
         held.acquire()
     except filelock.Timeout as error:
         first = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise UserError(
-            f"{path} is being trained by {first}; wait for it, stop it, or choose another --out."
-        ) from error
+        raise Locked(f"{path} is being trained by {first}; wait for it, stop it, or choose another --out.") from error
     try:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield

@@ -8,7 +8,8 @@ noise in whatever batch, order or process it is drawn. (The idea is that of Karr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -20,6 +21,15 @@ def generator(seed: int, purpose: str, *counters: int, device: torch.device | st
     name = ":".join(map(str, (seed, purpose, *counters)))
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     return torch.Generator(device).manual_seed(number)
+
+
+@contextmanager
+def seeded(seed: int, purpose: str) -> Generator[None]:
+    """Within it torch's own generator, from which layers take their first weights, depends only on these two;
+    afterwards it goes on as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, purpose).initial_seed())
+        yield
 
 
 def noise_source(

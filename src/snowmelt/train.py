@@ -102,19 +102,17 @@ def _check(options: TrainOptions) -> None:
 
 def _check_source(path: Path, options: TrainOptions) -> None:
     """Refuse a source that is not there before anybody waits for torch; a run that has begun needs it no longer."""
-    from snowmelt.data.source import source_kind
+    from snowmelt.data.source import is_builtin, source_kind
 
-    if options.source is not None and not options.source.startswith("builtin:") and not (path / "config.toml").exists():
+    if options.source is not None and not is_builtin(options.source) and not (path / "config.toml").exists():
         source_kind(Path(options.source))
 
 
 def _path(options: TrainOptions) -> Path:
     """Of the run."""
-    return Path(options.resume or options.out or Path("runs") / _name(str(options.source)))
+    from snowmelt.data.source import name_of
 
-
-def _name(source: str) -> str:
-    return Path(source.removeprefix("builtin:")).resolve().name.split(".")[0] or "run"
+    return Path(options.resume or options.out or Path("runs") / name_of(str(options.source)))
 
 
 def _existing(path: Path, options: TrainOptions) -> Run | None:

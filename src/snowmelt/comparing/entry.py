@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from snowmelt import __version__, checkpoint
@@ -59,7 +58,6 @@ def _measured(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log)
     missing: list[str] = []
     quality = measure_quality(run, options, spaces, log)
     lines, status = run.metrics(), run.status()
-    speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
     return {
         "name": run.path.name,
         "model": run.config.model,
@@ -69,7 +67,7 @@ def _measured(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log)
         "seconds": status.get("seconds"),
         "steps": status.get("step"),
         "images": status.get("images"),
-        "images_per_second": median(speeds) if speeds else None,
+        "images_per_second": run.speed(),
         "memory": max((line["memory"] for line in lines if "memory" in line), default=None),
         "seconds_per_picture": quality["seconds"]["per_picture"],
         "drawing": quality["drawing"],

@@ -22,10 +22,12 @@ from snowmelt.data.decode import Color, Picture, Recipe, fit_picture, picture, t
 from snowmelt.data.prepared import HEADER_BYTES, Contents, npy_header, row_chunks, row_digests, write_dataset
 from snowmelt.data.report import Fate, commonest, summary, write_reports
 from snowmelt.data.source import (
+    BUILTIN,
     MAX_FILE_BYTES,
     Entry,
     Listing,
     Unusable,
+    is_builtin,
     list_source,
     open_reader,
     packing,
@@ -37,7 +39,6 @@ from snowmelt.data.workers import Outcome, Pool, decoding_pool
 from snowmelt.errors import UserError
 
 SIZES = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-BUILTIN = "builtin:"
 _LOOKED_AT = 4096
 _GREY_SHARE = 0.01  # one coloured cover does not make a folder of X-rays a colour dataset
 _COLOUR_LOST = "its colour was removed"
@@ -77,7 +78,7 @@ def fill(folder: Path, plan: Plan, console: Console) -> list[str]:
     captions = tuple(gathered.captions.get(name, "") for name in gathered.names)
     captions = captions if any(captions) else None
     held_out = hold_out(digests, labels, plan.seed)
-    source = printable(plan.source if plan.source.startswith(BUILTIN) else Path(plan.source).resolve().name)
+    source = printable(plan.source if is_builtin(plan.source) else Path(plan.source).resolve().name)
     write_dataset(folder, digests, Contents(labels, classes, captions, held_out, gathered.settings, source))
     duplicates = _duplicates(digests, gathered.names)
     lines = summary(gathered.fates, duplicates) + gathered.reasons
@@ -101,7 +102,7 @@ def _duplicates(digests: Sequence[bytes], names: Sequence[str]) -> list[list[str
 
 
 def _gather(folder: Path, plan: Plan, console: Console) -> _Gathered:
-    if plan.source.startswith(BUILTIN):
+    if is_builtin(plan.source):
         return BUILTINS[plan.source.removeprefix(BUILTIN)](folder, plan)
     path, unpacked = Path(plan.source), folder / "source.tar"
     if path.is_file() and packing(path) is not None:

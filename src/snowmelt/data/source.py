@@ -24,8 +24,35 @@ from pathlib import Path
 
 from snowmelt.errors import UserError
 
+BUILTIN = "builtin:"
+"""Begins the name of a dataset that needs no files."""
+ENDINGS = (".gz", ".bz2", ".xz", ".tgz", ".zip", ".tar")
 MAX_FILE_BYTES = 256 * 1024 * 1024
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
+
+
+def is_builtin(source: str) -> bool:
+    """Whether a source is a built-in dataset, and no place."""
+    return source.startswith(BUILTIN)
+
+
+def resolved(source: str) -> str:
+    """The source as it is named from everywhere."""
+    return source if is_builtin(source) else str(Path(source).resolve())
+
+
+def name_of(source: str) -> str:
+    """What a source is called: a folder by its name, an archive by that without its ending.
+
+    >>> [name_of(source) for source in ("builtin:digits", "pictures.of.cats.tar.gz", "cats.ZIP")]
+    ['digits', 'pictures.of.cats', 'cats']
+    """
+    path = Path(source.removeprefix(BUILTIN)).resolve()
+    name = path.name
+    if not path.is_dir():
+        for ending in ENDINGS:
+            name = name[: -len(ending)] if name.lower().endswith(ending) else name
+    return name or "images"
 
 
 class Unusable(Exception):

@@ -26,6 +26,7 @@ from snowmelt.errors import UserError, choose
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.drawing import make_ready
 from snowmelt.evaluation.levels import batch_of
+from snowmelt.models import MODELS
 from snowmelt.models.base import Drawing, Model
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.run import Run
@@ -58,28 +59,19 @@ def measure_bits(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     """Bits/dim of held-out pictures, with standard errors and what determines them.
 
     Raises:
-        UserError: the family has no likelihood, or an option does not fit the run; before anything is computed.
+        UserError: see `check_bits`.
     """
-    choose(dict.fromkeys((*VARIANCES, "analytic", "learned")), options.variance, "variance")
-    if options.variance == "learned" and run.config.diffusion.variance != "learned":
-        raise UserError(f"{run.path} was not taught a variance; use --variance posterior or forward.")
-    device = pick_device(options.device)
-    if device.type == "mps":
-        raise UserError("Likelihoods need double precision, which this device lacks; use --device cpu.")
-    model, checkpoint = run.load_model(make_precision(device, "fp32"), options.state)
+    check_bits(run, options)
+    model, checkpoint = run.load_model(make_precision(pick_device(options.device), "fp32"), options.state)
     # Slopes by pictures are all that is needed here.
     model.requires_grad_(False)
-    held = _held_out(run, options, device)
+    held = _held_out(run, options)
     if isinstance(model, DiffusionModel):
         ends = _ends(model, options)
         make_ready(run, checkpoint, model, Drawing(sampler="ddpm", variance=options.variance))
         found = _measured(model, held, ends, options)
     else:
         found = _of(model, held, options)
-    if not found:
-        raise NoLikelihood(
-            f"A model such as {run.path} ({run.config.model}) has no likelihood; leave bits out of --measure."
-        )
     means = {name: _mean_of(values) for name, values in found.items()}
     if not all(math.isfinite(number) for mean in means.values() for number in mean):
         raise UserError("Some bits/dim are not finite: the network fails at some noise levels; train it for longer.")
@@ -89,6 +81,25 @@ def measure_bits(run: Run, options: EvaluateOptions) -> dict[str, Any]:
         "bits_per_dim": {name: mean._asdict() for name, mean in means.items()},
         "per_picture": {name: values.tolist() for name, values in found.items()},
     }
+
+
+def check_bits(run: Run, options: EvaluateOptions) -> None:
+    """Refuse what has no bits/dim.
+
+    Raises:
+        UserError: the family has no likelihood, or an option does not fit the run.
+    """
+    choose(dict.fromkeys((*VARIANCES, "analytic", "learned")), options.variance, "variance")
+    if options.variance == "learned" and run.config.diffusion.variance != "learned":
+        raise UserError(f"{run.path} was not taught a variance; use --variance posterior or forward.")
+    if pick_device(options.device).type == "mps":
+        raise UserError("Likelihoods need double precision, which this device lacks; use --device cpu.")
+    family = MODELS[run.config.model].model
+    if not issubclass(family, DiffusionModel) and family.bits is Model.bits:
+        raise NoLikelihood(
+            f"A model such as {run.path} ({run.config.model}) has no likelihood; leave bits out of --measure."
+        )
+    _held_out(run, options)
 
 
 def _of(model: Model, held: Held, options: EvaluateOptions) -> dict[str, Tensor]:
@@ -106,13 +117,13 @@ def _ends(model: DiffusionModel, options: EvaluateOptions) -> tuple[float, float
     return noisiest, chosen
 
 
-def _held_out(run: Run, options: EvaluateOptions, device: torch.device) -> Held:
+def _held_out(run: Run, options: EvaluateOptions) -> Held:
     """Up to `pictures` of the pictures held out of the training of `run`, evenly from all of them."""
     data = run.open_pictures()
     rows = spread_rows(data.held_out, options.pictures)
     if len(rows) < 2:
         raise UserError(f"{run.data} holds {len(rows)} pictures out of training; a standard error takes 2 at least.")
-    images, labels = batch_of(data, rows, device)
+    images, labels = batch_of(data, rows, pick_device(options.device))
     return Held(rows, images, None if options.unconditional else labels)
 
 

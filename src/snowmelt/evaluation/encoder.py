@@ -28,7 +28,7 @@ from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.evaluation.cache import cache_folder, digest_of, is_kept, kept, key_of
 from snowmelt.evaluation.nearest import Rows, parts_of
 from snowmelt.networks.encoder import Encoder, Said
-from snowmelt.seeds import generator
+from snowmelt.seeds import generator, seeded
 from snowmelt.shapes import Features, Images
 from snowmelt.terminal import console, words_of
 
@@ -116,8 +116,7 @@ def training_seconds(data: Prepared, cores: int) -> float:
 
 def new_encoder(data: Prepared) -> Encoder:
     """An untrained encoder for these pictures, of weights that depend on nothing else."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(SEED, "encoder").initial_seed())
+    with seeded(SEED, "encoder"):
         return Encoder(data.channels, len(data.classes), stride=_stride(data.size))
 
 

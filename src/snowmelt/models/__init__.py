@@ -26,7 +26,7 @@ from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel, schedule
 from snowmelt.models.gan import GANLearner, GANModel
 from snowmelt.models.optimizer import OPTIMIZERS
 from snowmelt.models.vae import VAELearner, VAEModel
-from snowmelt.seeds import generator
+from snowmelt.seeds import seeded
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ MODELS: dict[str, Family] = {
 
 def build_model(config: Config, precision: Precision) -> Model:
     """The model of a configuration, its first weights drawn from the run's seed, on the device of `precision`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.training.seed, "weights").initial_seed())
+    with seeded(config.training.seed, "weights"):
         model = choose(MODELS, config.model, "model").model(config, precision)
     model = model.to(precision.device)
     return model.to(memory_format=LAYOUTS[precision.layout])  # pyright: ignore  (torch leaves it out of its types)

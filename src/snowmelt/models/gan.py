@@ -33,7 +33,7 @@ from snowmelt.models.augment import Change, draw_change
 from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, latents_of
 from snowmelt.models.optimizer import Optimizer, step_together, under
 from snowmelt.networks.adversarial import Critic, Generator
-from snowmelt.seeds import generator
+from snowmelt.seeds import seeded
 from snowmelt.shapes import Features, Images, Labels, Levels
 
 BETAS = (0.0, 0.99)
@@ -113,8 +113,7 @@ class GANLearner:
         self.model = model
         self.config = model.config
         data, training = self.config.data, self.config.training
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(training.seed, "critic").initial_seed())
+        with seeded(training.seed, "critic"):
             critic = Critic(self.config.gan, channels=data.channels, size=data.size, classes=len(data.classes))
         self.critic = critic.to(model.precision.device)
         self.distance = data.channels * data.size**2 * data.std**2

@@ -16,7 +16,7 @@ from snowmelt.device import Precision
 from snowmelt.errors import UserError
 from snowmelt.models.optimizer import Optimizer, under
 from snowmelt.networks.autoencoder import PatchCritic
-from snowmelt.seeds import generator
+from snowmelt.seeds import seeded
 from snowmelt.shapes import Images, Level
 
 CRITIC = "critic weights/"
@@ -45,8 +45,7 @@ class Critic:
     """The optional critic of patches: its weights, its optimizer, and what it thinks of reconstructions."""
 
     def __init__(self, config: Config, precision: Precision) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(config.training.seed, "critic").initial_seed())
+        with seeded(config.training.seed, "critic"):
             self.network = PatchCritic(config.data.channels).to(precision.device)
         self.precision = precision
         self.optimizer = Optimizer(self.network, config.training)

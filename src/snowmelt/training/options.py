@@ -12,6 +12,7 @@ import tyro
 
 from snowmelt import __version__
 from snowmelt.config import FAMILIES, Config, DataConfig, config_tables
+from snowmelt.data.source import resolved
 from snowmelt.errors import UserError, choose, nearest, option_of
 from snowmelt.presets import DEFAULT_SECONDS, EXPORTED, changed_for, preset
 from snowmelt.tables import from_table, to_tables
@@ -179,8 +180,8 @@ def resolve(
 def request_of(options: TrainOptions) -> dict[str, Any]:
     """The options that make the run what it is, as config.toml keeps them."""
     asked = {name: value for name, value in vars(options).items() if name not in PROCESS_OPTIONS and value is not None}
-    if options.source is not None and not options.source.startswith("builtin:"):
-        asked["source"] = str(Path(options.source).resolve())
+    if options.source is not None:
+        asked["source"] = resolved(options.source)
     return asked | ({"config": _settings_text(options.config)} if options.config else {})
 
 

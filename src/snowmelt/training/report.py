@@ -21,13 +21,13 @@ def write_report(run: Run, progress: Progress, pictures: list[Path], forecast: s
     config, lines = run.config, run.metrics()
     data, training = config.data, config.training
     final = next((line for line in reversed(lines) if "held_out_loss" in line), {})
-    speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
+    speed = run.speed()
     facts = {
         "Pictures": f"{data.size} x {data.size}, {'grey' if data.channels == 1 else 'colour'}, "
         f"{len(data.classes) or 'no'} classes",
         "Model": f"{config.model}, widths {config.architecture.channels}",
         "Trained": f"{progress.step:,} steps, {progress.images:,} images seen, {words_of(progress.elapsed)}",
-        "Speed": f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s in {training.precision}" if speeds else "-",
+        "Speed": f"{speed:.0f} images/s in {training.precision}" if speed else "-",
         "Skipped updates": f"{progress.skipped}, {progress.rollbacks} rollbacks",
         "Held-out loss": f"{final.get('held_out_loss', float('nan')):.4f}",
         "Forecast": forecast or "-",

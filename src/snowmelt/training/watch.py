@@ -44,7 +44,7 @@ PREVIEWS = [0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 LINES = 200
 """Lines of metrics over a run."""
 DRAWING = Drawing()
-"""How previews are drawn, and the final pictures where that suits the run."""
+"""How previews are drawn, and the last one, which is the final pictures, where that suits the run."""
 HELD_OUT = 48
 """Held-out pictures, and as many training pictures, looked at for each preview."""
 LOSS = "held_out_loss"
@@ -209,6 +209,7 @@ class Watch:
         plotting = min(self.plotting_seconds, self.preview_seconds)
         self.preview_seconds = plotting + (self.preview_seconds - plotting) * change
         self.errors_seconds *= change
+        self.drawing_seconds *= change
         self.pace = per_step
 
     def seconds_of_finish(self) -> float:
