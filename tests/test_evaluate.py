@@ -21,7 +21,6 @@ from snowmelt.diffusion.exact import GaussianMixture
 from snowmelt.diffusion.noise import add_noise, alpha_sigma
 from snowmelt.diffusion.process import data_term
 from snowmelt.models import build_model
-from snowmelt.models.base import Model
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 
@@ -125,15 +124,12 @@ def test_mistakes_are_one_sentence(untrained, capsys, words, said):
     assert sorted(untrained.rglob("*")) == before
 
 
-def test_a_run_of_another_family_is_refused(untrained, capsys, monkeypatch):
-    class Other(Model):
-        def sample(self, noise, labels, drawing):
-            raise NotImplementedError
-
-    monkeypatch.setattr(
-        Run, "load_model", lambda self, precision, state: (Other(), untrained / "checkpoints" / "000000000")
-    )
-    assert cli(["evaluate", str(untrained), "--measure", "bits"]) == 2
+def test_a_run_of_another_family_is_refused_before_anything_is_trained(untrained, tmp_path, capsys, monkeypatch):
+    run = Run.create(tmp_path / "run", dataclasses.replace(Run.open(untrained).config, model="gan"))
+    for name in ("checkpoints", "data"):
+        (run.path / name).symlink_to(untrained / name)
+    monkeypatch.setattr("snowmelt.evaluating.quality.open_spaces", lambda *_words, **_more: pytest.fail("trained"))
+    assert cli(["evaluate", str(run.path), "--measure", "quality", "bits"]) == 2
     assert "has no likelihood; leave bits out of --measure" in capsys.readouterr().err
 
 
