@@ -43,13 +43,13 @@ def data_of(source: str, out: Path, size: int | None = None) -> Path:
 
 
 def found_in(out: Path, **settings: object) -> dict[str, Any]:
-    """What a benchmark found before in `out`, by name; it has to have been with the same settings."""
+    """What a benchmark found before in `out`, by name; that and pictures prepared there must be of the same settings."""
     out.mkdir(parents=True, exist_ok=True)
     told, file, found = json.loads(json.dumps(settings, default=str)), out / "settings.json", out / "found.json"
-    if found.exists():
+    if found.exists() or (out / "data").exists():
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else "nobody knows what"
         if before != told:
-            raise SystemExit(f"{out} holds what was found with {before}, not {told}; choose another --out.")
+            raise SystemExit(f"{out} was made with {before}, not {told}; choose another --out.")
     file.write_text(json.dumps(told, indent=1), encoding="utf-8")
     return json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
 

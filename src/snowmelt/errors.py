@@ -13,7 +13,8 @@ Choice = TypeVar("Choice")
 class UserError(Exception):
     """A mistake a person can mend: one sentence that says what happened and what to do.
 
-    The command line prints the sentence and leaves with exit code 2; nothing has been written or damaged.
+    The command line prints the sentence and leaves with exit code 2. What was there before is undamaged; of work that
+    had begun, such as a training that diverges, what was saved stays.
     """
 
 
