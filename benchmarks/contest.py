@@ -43,7 +43,7 @@ def data_of(source: str, out: Path, size: int | None = None) -> Path:
 
 
 def found_in(out: Path, **settings: object) -> dict[str, Any]:
-    """What a benchmark found before in `out`, by name; that and pictures prepared there must be of the same settings."""
+    """What a benchmark found before in `out`, by name; that and pictures prepared there must be of the same ones."""
     out.mkdir(parents=True, exist_ok=True)
     told, file, found = json.loads(json.dumps(settings, default=str)), out / "settings.json", out / "found.json"
     if found.exists() or (out / "data").exists():
