@@ -10,16 +10,24 @@ from torch.nn import functional as F
 
 from snowmelt.networks.convolution import SMALLEST, Convolution, compiled, kernels_for
 
+HALF = torch.bfloat16
+
 
 @pytest.fixture
 def compiler():
-    if compiled() is None:
+    if compiled(torch.float32) is None:
         pytest.skip("there is no C compiler here that makes convolution.c")
 
 
-def last(*shape: int, seed: int) -> torch.Tensor:
+@pytest.fixture
+def half():
+    if compiled(HALF) is None:
+        pytest.skip("this processor does not multiply bfloat16, or there is no C compiler")
+
+
+def last(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     made = 1 + torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return made.to(memory_format=torch.channels_last)
+    return made.to(dtype).to(memory_format=torch.channels_last)
 
 
 def away(one: torch.Tensor | None, other: torch.Tensor | None) -> float:
@@ -54,6 +62,42 @@ def test_it_is_torchs_convolution_and_its_gradients(compiler, shape, out):
     torch.testing.assert_close(layer(x), layer(x, torch.zeros_like(added)), rtol=0, atol=0)
 
 
+# An odd number of tiles too, and of panels.
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 32, 5, 7), (1, 48, 3, 3), (2, 16, 3, 13), (9, 64, 32, 32)])
+@pytest.mark.parametrize("out", [16, 80])
+def test_in_bfloat16_it_is_as_near_as_that_can_be(half, shape, out):
+    """Transformed numbers are rounded by 2^-9 and the transformations multiply that by some five; so does rounding the
+    answer. Means of squares, since the largest of many errors is some four times larger."""
+    torch.manual_seed(0)
+    layer = Convolution(shape[1], out).to(memory_format=torch.channels_last)
+    x = last(*shape, seed=0, dtype=HALF).requires_grad_()
+    added = last(shape[0], out, *shape[2:], seed=8, dtype=HALF)
+    with torch.autocast("cpu", HALF):
+        assert kernels_for(x, layer.weight) is HALF
+        answer = layer(x, added)
+    assert answer.dtype is HALF and answer.is_contiguous(memory_format=torch.channels_last)
+    slope = last(*answer.shape, seed=1, dtype=HALF)
+    answer.backward(slope)
+
+    given = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    exact = F.conv2d(*given, padding=1) + added.detach()
+    exact.backward(slope.double())
+    for one, other in zip((answer, x.grad, layer.weight.grad), (exact, *(t.grad for t in given[:2])), strict=True):
+        assert one is not None and other is not None
+        assert float((one.double() - other).square().mean() / other.square().mean()) < 0.015**2
+    # Those of the bias are float32 sums of what is given.
+    assert away(layer.bias.grad, given[2].grad) < 1e-5
+
+
+def test_bfloat16_is_rounded_to_the_nearest(half):
+    """Without a bias: over many numbers the errors cancel out, so that their mean is a hundredth of one."""
+    layer = Convolution(32, 32).to(memory_format=torch.channels_last)
+    x = last(8, 32, 32, 32, seed=2, dtype=HALF)
+    with torch.no_grad(), torch.autocast("cpu", HALF):
+        error = layer(x).double() - F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    assert float(error.mean().abs()) < 0.05 * float(error.std())
+
+
 def test_only_the_gradients_that_are_asked_for_are_computed(compiler):
     layer = Convolution(16, 16).to(memory_format=torch.channels_last).requires_grad_(False)
     x = last(2, 16, 8, 8, seed=2).requires_grad_()
@@ -65,11 +109,14 @@ def test_only_the_gradients_that_are_asked_for_are_computed(compiler):
     assert layer.bias.grad is not None and (layer.bias.grad == 2 * 8 * 8).all()
 
 
-def test_a_picture_does_not_depend_on_its_batch_nor_on_threads(compiler):
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_picture_does_not_depend_on_its_batch_nor_on_threads(compiler, dtype):
     """Bit for bit, and its gradient neither. Those of the weights are added in another order for each number of
     threads, which rounds by 6e-8 of some thousand numbers' sum; always alike with as many."""
+    if compiled(dtype) is None:
+        pytest.skip("this processor does not multiply bfloat16")
     layer = Convolution(32, 48).to(memory_format=torch.channels_last)
-    x = last(7, 32, 20, 20, seed=3).requires_grad_()  # so many tiles that each thread has sums of its own
+    x = last(7, 32, 20, 20, seed=3, dtype=dtype).requires_grad_()  # so many tiles that each thread has sums of its own
     threads, found = torch.get_num_threads(), []
     try:
         for number in (1, 3, 3):
@@ -118,9 +165,12 @@ def test_other_maps_are_left_to_torch(compiler):
     # Too many channels for the weights: torch refuses that.
     assert found(last(2, 32, 8, 8, seed=5)) is None
     assert found(last(2, 16, 8, SMALLEST - 1, seed=6)) is None
-    with torch.autocast("cpu", torch.bfloat16):
+    assert found(x.half()) is None
+    with torch.autocast("cpu", HALF):
+        assert (found(x) is None) == (compiled(HALF) is None)
+        assert Convolution(16, 16)(x).dtype == Convolution(24, 24)(last(2, 24, 8, 8, seed=5)).dtype == HALF
+    with torch.autocast("cpu", torch.float16):
         assert found(x) is None
-        assert Convolution(16, 16)(x).dtype == torch.bfloat16
 
 
 def test_weights_are_those_of_a_convolution_of_torch(compiler):
@@ -137,8 +187,9 @@ def test_weights_are_those_of_a_convolution_of_torch(compiler):
 NO_MEMORY = """
 import torch
 from snowmelt.networks.convolution import compiled
-print(compiled().convolve(None, None, None, None, None, 1, 4, 4, 2**22, 2**22, 0))
-print(compiled().weight_gradient(None, None, None, None, 1, 4, 4, 2**22, 2**22))
+kernels = compiled(torch.float32)
+print(kernels.convolve(None, None, None, None, None, 1, 4, 4, 2**22, 2**22, 0))
+print(kernels.weight_gradient(None, None, None, None, 1, 4, 4, 2**22, 2**22))
 """
 
 

@@ -28,7 +28,7 @@ def fresh():
 
 
 def nothing_compiled() -> bool:
-    return convolution.compiled() is None and group_norm.compiled(torch.float32) is None
+    return convolution.compiled(torch.float32) is None and group_norm.compiled(torch.float32) is None
 
 
 def is_gcc() -> bool:
@@ -42,7 +42,7 @@ def is_gcc() -> bool:
 @pytest.mark.skipif(not is_gcc(), reason="there is no GCC here")
 def test_where_there_is_a_compiler_everything_compiles():
     """Otherwise a mistake in a C file would only make all slower, and skip its tests."""
-    assert convolution.compiled() and all(map(group_norm.compiled, group_norm.FLAGS))
+    assert convolution.compiled(torch.float32) and all(map(group_norm.compiled, group_norm.FLAGS))
 
 
 def test_without_a_compiler_all_is_the_same(fresh, monkeypatch):
@@ -107,5 +107,5 @@ def test_begin_does_not_wait_and_leaves_nothing_behind(tmp_path):
 def test_two_threads_compile_once(fresh):
     """Whoever comes second waits for the same library, also where it comes while the first is compiling."""
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: convolution.compiled(), range(2)))
+        found = list(pool.map(lambda _: convolution.compiled(torch.float32), range(2)))
     assert found[0] is found[1]

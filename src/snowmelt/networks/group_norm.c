@@ -14,7 +14,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 8, TYPICAL = 7 }; /* Not 8, which would lie in one column of most maps. */
+#ifdef __AVX512F__
+#include <immintrin.h>
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { TYPICAL = 7 }; /* Not 8, which would lie in one column of most maps. */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -35,10 +41,14 @@ INLINE vector read(const number *from, int count) {
 
 /* The nearest, of two as near the even one. A NaN stays one: its first bits are kept, and a quiet one's are not 0. */
 INLINE void write(number *to, vector value, int count) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+    const __m256i out = (__m256i)_mm512_cvtneps_pbh(value);
+#else
     bits_vector bits = (bits_vector)value;
     bits_vector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     bits_vector wrong = (bits_vector)((bits & 0x7fffffff) > 0x7f800000);
     half_vector out = __builtin_convertvector((rounded & ~wrong) | (0x7fc0 & wrong), half_vector);
+#endif
     memcpy(to, &out, 2 * count);
 }
 #else
@@ -61,17 +71,20 @@ INLINE vector load(const float *from, int count) {
 
 INLINE void store(float *to, vector value, int count) { memcpy(to, &value, 4 * count); }
 
-/* `one` where the mask says so, else `other`. */
-INLINE vector either(whole_vector mask, vector one, vector other) {
-    return (vector)(((whole_vector)one & mask) | ((whole_vector)other & ~mask));
+/* Between -most and most; what is no number stays so. */
+INLINE vector bounded(vector value, float most) {
+    const vector high = (vector){0} + most;
+#ifdef __AVX512F__
+    return _mm512_max_ps(-high, _mm512_min_ps(high, value));
+#else
+    const whole_vector over = value > high, under = value < -high;
+    return (vector)(((whole_vector)high & over) | ((whole_vector)-high & under) | ((whole_vector)value & ~(over | under)));
+#endif
 }
 
 /* 1 / (1 + exp(-h)) to some 2e-7: exp as 2^whole times a polynomial. */
 INLINE vector sigmoid(vector h) {
-    const vector most = {126, 126, 126, 126, 126, 126, 126, 126};
-    vector scaled = h * -1.44269504f;
-    scaled = either(scaled > most, most, scaled);
-    scaled = either(scaled < -most, -most, scaled);
+    vector scaled = bounded(h * -1.44269504f, 126);
     /* Adding and taking away 1.5 2^23 rounds to a whole number. */
     vector whole = (scaled + 12582912.0f) - 12582912.0f;
     vector rest = (scaled - whole) * 0.693147181f;

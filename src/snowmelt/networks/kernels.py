@@ -83,14 +83,19 @@ def _build(name: str, flags: tuple[str, ...]) -> _Build | None:
         return None
 
 
-def begin() -> None:
-    """Have the kernels compiled that float32 maps need, without waiting for them; not where there is a GPU."""
-    if not any(Path(gpu).exists() for gpu in GPUS):
-        for name in ("convolution", "group_norm"):
-            _build(name, ())
-
-
 _one_at_a_time = RLock()
+
+
+def begin(flags: tuple[str, ...] = ()) -> None:
+    """Have the kernels compiled that maps need, without waiting for them; not where there is a GPU.
+
+    Args:
+        flags: what the compiler is told for maps of another type than float32.
+    """
+    if not any(Path(gpu).exists() for gpu in GPUS):
+        with _one_at_a_time:
+            for name in ("convolution", "group_norm"):
+                _build(name, flags)
 
 
 @cache

@@ -35,7 +35,8 @@ from snowmelt.errors import NO_MEMORY, Stopped, UserError, out_of_memory
 from snowmelt.evaluation.levels import batch_of
 from snowmelt.models import build_learner
 from snowmelt.models.base import Learner
-from snowmelt.networks.group_norm import channels_last_pays
+from snowmelt.networks.group_norm import FLAGS, channels_last_pays
+from snowmelt.networks.kernels import begin
 from snowmelt.presets import threads_for
 from snowmelt.recording import forget_tried, speed_up
 from snowmelt.run import Run
@@ -95,6 +96,9 @@ def learner_of(config: Config, precision: Precision, failed: Callable[[str], obj
     Args:
         failed: is told why, where its network could not be compiled or recorded.
     """
+    if precision.device.type == "cpu":
+        # All at once, and not each when it is first needed.
+        begin(FLAGS[precision.dtype])
     learner = build_learner(config, precision)
     if precision.compiled or precision.recorded:
         network = learner.model.compilable
