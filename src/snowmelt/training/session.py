@@ -119,8 +119,8 @@ def study(learner: Learner, data: Prepared, *, flip: bool) -> None:
     rows, count = spread_rows(data.train, max(1, min(STUDIED, STUDIED_BYTES // size))), max(1, AT_ONCE_BYTES // size)
 
     def batches() -> Iterator[Batch]:
-        for begin in range(0, len(rows), count):
-            images, labels = batch_of(data, rows[begin : begin + count], torch.device("cpu"))
+        for first in range(0, len(rows), count):
+            images, labels = batch_of(data, rows[first : first + count], torch.device("cpu"))
             if flip:
                 images[::2] = images[::2].flip(3)
             yield Batch(images, labels)
