@@ -137,9 +137,9 @@ def faster_precision(
     """The precision in which `step` is faster.
 
     One of `names` follows the other, so that what one needs is gone before the next needs it, for about `seconds` in
-    all. Their best times are compared, since other processes can only make a time worse (one that is busy all through
-    the time of one of them can still mislead), and bf16 must win by `gain` so that noise does not decide. Where one
-    convolution is `PLAIN` times slower in bf16 its steps are not waited for.
+    all, and once more where steps are short. Their best times are compared, since other processes can only make a time
+    worse (one that is busy whenever one of them is timed can still mislead), and bf16 must win by `gain` so that noise
+    does not decide. Where one convolution is `PLAIN` times slower in bf16 its steps are not waited for.
 
     Args:
         timed: whether the time of a step is wanted too, or only the choice.
@@ -151,7 +151,10 @@ def faster_precision(
     if len(names) == 1 and not timed:
         (only,) = names
         return Speed(only, ratio, None)
-    best = {name: time_of(Precision(device, name), step, seconds / len(names)) for name in names}
+    each = seconds / len(names) / 2
+    best = {name: time_of(Precision(device, name), step, each) for name in names}
+    if max(best.values()) * LEAST_STEPS < each:
+        best = {name: min(time, time_of(Precision(device, name), step, each)) for name, time in best.items()}
     if len(best) > 1:
         ratio = best["fp32"] / best["bf16"]
         chosen = "bf16" if ratio >= gain else "fp32"
@@ -232,11 +235,15 @@ def reason_of(error: Exception) -> str:
     return first if first and type(error) is RuntimeError else f"{name}: {first}" if first else name
 
 
+LEAST_STEPS = 3
+"""That are timed, however long they take."""
+
+
 def time_of(precision: Precision, step: Callable[[Precision], object], seconds: float) -> float:
     """Of a step, at best, after a warm-up."""
     step(precision)
     times, end = list[float](), time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
+    while time.perf_counter() < end or len(times) < LEAST_STEPS:
         synchronize(precision.device)
         start = time.perf_counter()
         step(precision)
