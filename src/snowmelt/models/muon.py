@@ -39,6 +39,8 @@ MOMENTUM = "momentum_buffer"
 """What is kept of each weight."""
 STRIPS, MIRRORED = 4, 256
 """A symmetric product of so many rows or more is computed in strips, on a processor in float32."""
+LARGE = 256
+"""Rows from which on a processor is faster in bfloat16, if in anything: smaller products end before they are."""
 ROOM = 2**22
 """Numbers in all matrices that a processor makes orthogonal together: more do not stay in its caches."""
 
@@ -122,7 +124,7 @@ class Muon(torch.optim.Optimizer):
     """See the module; all parameters are matrices.
 
     Args:
-        dtype: that products are computed in on a CPU; on a GPU it is bfloat16.
+        dtype: that products of matrices of `LARGE` are computed in on a CPU; on a GPU all are in bfloat16.
 
     Attributes:
         found_inf: on the device, 1 for a gradient that is not finite: `step` then changes nothing. As in `torch.amp`.
@@ -161,7 +163,8 @@ class Muon(torch.optim.Optimizer):
         kept = 1.0 if self.found_inf is None else self.found_inf == 0
         shapes = [list(alike) for _, alike in groupby(weights, key=lambda weight: weight.shape)]
         stacks = [_wide(stack) for stack in self._directions(shapes, group["momentum"])]
-        updates = factors(stacks, torch.bfloat16 if weights[0].is_cuda else self.dtype)
+        fast = self.dtype if stacks[0].shape[1] >= LARGE else torch.float32
+        updates = factors(stacks, torch.bfloat16 if weights[0].is_cuda else fast)
         for alike, (factor, x) in zip(shapes, updates, strict=True):
             scale = rate * 0.2 * max(alike[0].shape) ** 0.5
             if self.found_inf is None and factor.dtype == alike[0].dtype:
