@@ -55,10 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def few_steps_for_pictures() -> Iterator[None]:
     """What a training draws for people to see is drawn in few steps: hardly any test looks at it, and all wait."""
     from snowmelt.models.base import Drawing
-    from snowmelt.training import watch
+    from snowmelt.training import previews
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch, "DRAWING", Drawing(steps=5))
+        patch.setattr(previews, "DRAWING", Drawing(steps=5))
         yield
 
 

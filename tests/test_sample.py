@@ -19,7 +19,7 @@ from snowmelt.evaluation import drawing
 from snowmelt.models.base import Drawing
 from snowmelt.run import Run
 from snowmelt.sample import SampleOptions, sample, wanted_pictures
-from snowmelt.training import watch
+from snowmelt.training import previews
 
 pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
 
@@ -166,14 +166,14 @@ def enlarged(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(("smooth", "sampler"), [(0.0, "dpmpp_2m_late"), (1e9, "dpmpp_2m")])
 def test_a_run_draws_with_the_sampler_that_suits_it(tiny, tmp_path, monkeypatch, smooth, sampler):
-    monkeypatch.setattr(watch, "SMOOTH", smooth)
+    monkeypatch.setattr(previews, "SMOOTH", smooth)
     run, words = tmp_path / "run", ["--steps", "3", "--batch", "16", "--precision", "fp32", "--config", str(tiny)]
     assert cli(["train", "builtin:digits", "--out", str(run), *words]) == 0
     assert f"Sampler: {sampler} (the fresh noise of dpmpp_2m_late leaves " in (run / "log.txt").read_text()
 
     def drawn(*more: str) -> str:
         name = tmp_path / f"drawn{'-'.join(more)}"
-        usual = ["--steps", str(watch.DRAWING.steps), "--count", "1", "--classes", "0", "--out", str(name)]
+        usual = ["--steps", str(previews.DRAWING.steps), "--count", "1", "--classes", "0", "--out", str(name)]
         assert cli(["sample", str(run), *usual, *more]) == 0
         return json.loads((name / "seed0-00000.json").read_text())["sampler"]
 

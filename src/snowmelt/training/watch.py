@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from statistics import fmean, median
-from typing import NamedTuple
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -22,20 +20,19 @@ from snowmelt import checkpoint
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.device import memory_in_use
-from snowmelt.diffusion.walk import Step
 from snowmelt.ema import Average
 from snowmelt.evaluation.curves import plot_curves
-from snowmelt.evaluation.drawing import SHARP, SMOOTH, detail, keep_suited
 from snowmelt.evaluation.levels import batch_of, errors_of
 from snowmelt.evaluation.memorization import gaps
-from snowmelt.models.base import Drawing, Learner
-from snowmelt.pictures import moments_of, png_of, save_png, sheet, strip
+from snowmelt.models.base import Learner
+from snowmelt.pictures import png_of, save_png, sheet, strip
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
-from snowmelt.shapes import Images, Labels
+from snowmelt.shapes import Images
 from snowmelt.terminal import Log, size_of, words_of
 from snowmelt.training.alarms import ALIKE, EARLIEST, learned_by_heart, spread_ratio
 from snowmelt.training.plan import Plan
+from snowmelt.training.previews import Drawn, Previews
 from snowmelt.training.progress import Progress
 from snowmelt.training.signals import Stop
 
@@ -43,14 +40,10 @@ PREVIEWS = [0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 """Moments of the horizon at which a preview is drawn; denser at first, when most changes."""
 LINES = 200
 """Lines of metrics over a run."""
-DRAWING = Drawing()
-"""How previews are drawn, and the last one, which is the final pictures, where that suits the run."""
 HELD_OUT = 48
 """Held-out pictures, and as many training pictures, looked at for each preview."""
 LOSS = "held_out_loss"
 """The error that every family measures by this name, on training pictures too."""
-MOMENTS, STRIP = 10, 10
-"""Noisy images of each picture of a strip, and its pictures, at most."""
 SHOWN = 8
 """Rows of what only one family can show."""
 WATCH_SHARE = 0.05
@@ -64,8 +57,8 @@ FINISH = 0.5
 """Seconds that the report takes, and the end of the process."""
 PROBED = 24
 """Pictures whose errors tell how long those of all take."""
-PROBED_STEPS, PROBING = 6, 0.01
-"""Steps of a preview that tell how long all take: so many, or fewer where they take this share of the time."""
+PROBING = 0.01
+"""Share of the time of a run after which no more steps of a preview are tried to see how long all take."""
 QUIET_SECONDS = 10.0
 """Between progress lines where the output is not a terminal."""
 
@@ -74,14 +67,6 @@ def numbers(values: Sequence[float | Tensor]) -> list[float]:
     """Losses as numbers; those on a device are fetched together, since it is waited for each time."""
     there = [value for value in values if isinstance(value, Tensor)]
     return torch.stack(there).tolist() if len(there) == len(values) > 0 else [float(value) for value in values]
-
-
-class Drawn(NamedTuple):
-    """What a preview drew."""
-
-    pictures: Images
-    strip: list[Images]
-    """Some of them: `MOMENTS` noisy images, and the pictures."""
 
 
 @dataclass
@@ -97,6 +82,7 @@ class Watch:
     device: torch.device
     stop: Stop
     live: Live = field(init=False)
+    previews: Previews = field(init=False)
     losses: dict[str, list[float | Tensor]] = field(default_factory=dict[str, list[float | Tensor]])
     speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=40))
     said: float = 0.0
@@ -124,6 +110,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.live = Live(Text(""), console=self.log.console, refresh_per_second=4, transient=True)
+        self.previews = Previews(self.run, self.learner.model, self.device, self.stop, self.log)
 
     def after_update(self, progress: Progress, losses: Mapping[str, float | Tensor], rate: float) -> None:
         """Take note of an update; now and then say so and write a line of metrics."""
@@ -237,30 +224,16 @@ class Watch:
             self.spent_on_errors += time.monotonic() - begin
 
     def foresee(self) -> None:
-        """How long a preview takes, from small parts of one, which a short run has time for.
-
-        Of the steps that draw it the first does not count, since it may wake the device up, and of the others the
-        median: beside other processes a single one may take several times as long as the next.
-        """
+        """How long a preview takes, from small parts of one, which a short run has time for."""
         rows = self.data.held_out[:PROBED]
         begin = time.monotonic()
         self._errors(rows)
         whole = sum(min(HELD_OUT, len(one)) for one in (self.data.held_out, self.data.train))
         self.errors_seconds = (time.monotonic() - begin) * whole / max(1, len(rows))
-        most = PROBING * (self.plan.config.seconds or 0.0)
-        at_once, taken, begin = self.learner.model.at_once, list[float](), time.monotonic()
-        pictures: Images | None = None
-        for step in islice(self._steps(DRAWING), 1 if at_once else PROBED_STEPS):
-            pictures = step.x0
-            taken.append(time.monotonic() - begin)
-            if len(taken) > 1 and sum(taken) > most:
-                break
-            begin = time.monotonic()
-        self.drawing_seconds = taken[0] if at_once else median(taken[1:]) * DRAWING.count
-        if pictures is not None:
-            begin = time.monotonic()
-            png_of(sheet(pictures, self._columns()))
-            self.saving_seconds = time.monotonic() - begin
+        self.drawing_seconds, pictures, times = self.previews.foreseen(PROBING * (self.plan.config.seconds or 0.0))
+        begin = time.monotonic()
+        png_of(sheet(pictures, self.previews.columns))
+        self.saving_seconds = times * (time.monotonic() - begin)
         self._plot()
         foreseen = self.drawing_seconds, self.saving_seconds, self.errors_seconds, self.plotting_seconds
         self.preview_seconds = sum(foreseen)
@@ -271,7 +244,7 @@ class Watch:
         begin = time.monotonic()
         with self.average.applied():
             finished = self.plan.finished(progress.step)
-            drawn = self._draw_at_last() if finished else self._draw(DRAWING)
+            drawn = self.previews.draw_at_last() if finished else self.previews.draw()
             if drawn is None:
                 return
             self.drawing_seconds = time.monotonic() - begin
@@ -279,7 +252,7 @@ class Watch:
                 self.last = progress.step, drawn
             path = self.run.folder("previews") / f"{progress.step:09d}.png"
             saving = time.monotonic()
-            save_png(path, sheet(drawn.pictures, self._columns()))
+            save_png(path, sheet(drawn.pictures, self.previews.columns))
             self.saving_seconds = time.monotonic() - saving
             errors = time.monotonic()
             self._measure(progress, drawn.pictures)
@@ -298,7 +271,7 @@ class Watch:
         """The final pictures: a grid, a strip of pictures melting out of noise, and what else the family can show."""
         step, drawn = self.last
         with self.average.applied():
-            drawn = drawn if step == progress.step else self._draw_at_last()
+            drawn = drawn if step == progress.step else self.previews.draw_at_last()
             if drawn is None:
                 return []
             shown = self._shows()
@@ -306,7 +279,7 @@ class Watch:
             shown["strip"] = drawn.strip
         path = self.run.path
         return [
-            save_png(path / "grid.png", sheet(drawn.pictures, self._columns(), smallest=64)),
+            save_png(path / "grid.png", sheet(drawn.pictures, self.previews.columns, smallest=64)),
             *(save_png(path / f"{name}.png", strip(columns, smallest=64)) for name, columns in shown.items()),
         ]
 
@@ -335,7 +308,7 @@ class Watch:
 
     def _spread(self, drawn: Images) -> float:
         classes = min(10, len(self.run.config.data.classes))
-        return spread_ratio(to_pixels(drawn), self.data, columns=self._columns(), classes=classes)
+        return spread_ratio(to_pixels(drawn), self.data, columns=self.previews.columns, classes=classes)
 
     def _said(self, name: str) -> bool:
         return any(line.get("alarm") == name for line in self.run.metrics())
@@ -374,49 +347,3 @@ class Watch:
     def _alarm(self, progress: Progress, name: str, text: str) -> None:
         self.log(text)
         self.run.append_metrics({"step": progress.step, "images": progress.images, "alarm": name, "text": text})
-
-    def _labels(self) -> Labels | None:
-        """One row for each class, ten rows at most; none where there are no classes."""
-        classes = len(self.run.config.data.classes)
-        if not classes:
-            return None
-        return torch.arange(min(classes, 10)).repeat_interleave(self._columns()).to(self.device)
-
-    def _columns(self) -> int:
-        return min(8, 48 // min(len(self.run.config.data.classes), 10)) if self.run.config.data.classes else 6
-
-    def _draw_at_last(self) -> Drawn | None:
-        """The final pictures, drawn as usual or, where fresh noise costs them their detail, without; from then on that
-        is how the run draws."""
-        drawn = self._draw(DRAWING)
-        if drawn is None or self.learner.model.at_once:
-            return drawn
-        sharp = self._draw(replace(DRAWING, sampler=SHARP))
-        if sharp is None:
-            return None
-        kept = detail(drawn.pictures) / max(detail(sharp.pictures), 1e-12)
-        sampler, drawn = (SHARP, sharp) if kept < SMOOTH else (DRAWING.sampler, drawn)
-        self.log(f"Sampler: {sampler} (the fresh noise of {DRAWING.sampler} leaves {kept:.0%} of the detail).")
-        keep_suited(self.run, sampler, kept)
-        return drawn
-
-    def _draw(self, drawing: Drawing) -> Drawn | None:
-        """The pictures, and how some came to be; None when the run was asked to stop meanwhile."""
-        moments, pictures = list[Images](), None
-        for step in self._steps(drawing):
-            if self.stop.requested:
-                return None
-            # Of every moment only what will be shown: all of it may be more than there is memory for.
-            moments.append(step.x[:: self._columns()][:STRIP].clone())
-            pictures = step.x0
-        assert pictures is not None, "a walk has a step"
-        shown = [moments[index] for index in moments_of(len(moments), MOMENTS)]
-        return Drawn(pictures, [*shown, pictures[:: self._columns()][:STRIP]])
-
-    def _steps(self, drawing: Drawing) -> Iterator[Step]:
-        """From the run's fixed noise to pictures."""
-        data, labels = self.run.config.data, self._labels()
-        count = 36 if labels is None else len(labels)
-        shape = (data.channels, data.size, data.size)
-        noise = noise_source([self.run.config.training.seed] * count, range(count), shape, self.device)
-        yield from self.learner.model.sample(noise, labels, drawing)

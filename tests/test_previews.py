@@ -1,0 +1,72 @@
+"""The pictures of previews, drawn a few at a time."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from snowmelt.config import DataConfig
+from snowmelt.diffusion.walk import Step
+from snowmelt.presets import preset
+from snowmelt.training import previews
+from snowmelt.training.previews import MOMENTS, Previews
+
+
+class Halving:
+    """Draws by halving the noise and adding the class, and says how many pictures it was asked for."""
+
+    at_once = False
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def sample(self, noise, labels, drawing):
+        x = noise(0)
+        self.asked.append(len(x))
+        for _ in range(drawing.count):
+            x0 = x / 2 + (0 if labels is None else labels[:, None, None, None])
+            yield Step(x, torch.zeros(()), x0)
+            x = x0
+
+
+def drawer(classes: tuple[str, ...], *, stop: bool = False) -> tuple[Previews, Halving]:
+    config = preset(DataConfig(4, 1, classes=classes), "diffusion")
+    model, one = Halving(), object.__new__(Previews)
+    # Of a run, a model and a stop only what drawing needs, which the check of types would not take.
+    one.__dict__.update(run=SimpleNamespace(config=config), model=model, device=torch.device("cpu"))
+    one.__dict__.update(stop=SimpleNamespace(requested=stop), log=print)
+    return one, model
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "b", "c")])
+def test_a_few_at_a_time_are_the_same_pictures(monkeypatch, classes):
+    monkeypatch.setattr(previews, "drawn_at_once", lambda _: 64)
+    one, model = drawer(classes)
+    whole, count = one.draw(), 8 * len(classes) or 36
+    monkeypatch.setattr(previews, "drawn_at_once", lambda _: 7)
+    other, parts = drawer(classes)
+    few = other.draw()
+    assert whole is not None and few is not None
+    assert model.asked == [count] and sum(parts.asked) == count and max(parts.asked) == 7
+    assert torch.equal(whole.pictures, few.pictures) and len(whole.pictures) == count
+    # A strip: the first picture of each row, from its noise on.
+    moments = min(MOMENTS, previews.DRAWING.count)
+    assert len(whole.strip) == len(few.strip) == moments + 1 and all(map(torch.equal, whole.strip, few.strip))
+    rows = len(classes) or 6
+    assert len(few.strip[0]) == rows and torch.equal(few.strip[-1], few.pictures[:: one.columns])
+
+
+def test_all_are_foreseen_from_the_first(monkeypatch):
+    """A step takes a second of a clock that only moves between two looks at it."""
+    monkeypatch.setattr(previews, "drawn_at_once", lambda _: 9)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(previews, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    one, model = drawer(())
+    seconds, pictures, times = one.foreseen(most=100.0)
+    assert model.asked == [9] and len(pictures) == 9
+    assert times == 4 and seconds == 4 * previews.DRAWING.count
+
+
+def test_a_run_that_is_stopped_draws_nothing():
+    one, model = drawer((), stop=True)
+    assert one.draw() is None and one.draw_at_last() is None and len(model.asked) == 2
