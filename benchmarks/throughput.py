@@ -116,8 +116,8 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     from snowmelt.models import build_learner
     from snowmelt.presets import LINEAR, facts_of
     from snowmelt.seeds import generator
-    from snowmelt.training.session import measure as measured
-    from snowmelt.training.session import precision_of
+    from snowmelt.training.measure import measure as measured
+    from snowmelt.training.measure import precision_of
 
     pixels = np.random.default_rng(0).integers(0, 256, (PICTURES, SIZE, SIZE, CHANNELS), dtype=np.uint8)
     rows = np.arange(PICTURES)

@@ -10,15 +10,17 @@ import time
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from conftest import stirred
+from snowmelt import device
 from snowmelt.config import Config, DataConfig, TrainingConfig, UNetConfig
 from snowmelt.data.stream import Batch
-from snowmelt.device import LEAST_COMPILED, Precision, changes_for, improved
+from snowmelt.device import LEAST_COMPILED, Precision, changes_for, faster_precision, improved
 from snowmelt.models import build_learner
 from snowmelt.recording import Replayed, forget_tried, speed_up
 from snowmelt.seeds import generator
@@ -39,6 +41,28 @@ class Small(nn.Module):
 
 def unable(*_given, **_named):
     raise RuntimeError("no compiler here\nand a long story")
+
+
+@pytest.mark.parametrize(("short", "turns"), [(0.01, ["fp32", "bf16", "fp32", "bf16"]), (0.5, ["fp32", "bf16"])])
+def test_formats_are_timed_in_turns_where_steps_are_short(monkeypatch, short, turns):
+    """By a clock that steps move: bf16 takes half of the time, but ten times as long while a neighbour is busy, which
+    it is through the first turn."""
+    now, seen = [0.0], list[str]()
+
+    def step(precision: Precision) -> None:
+        if seen[-1:] != [precision.name]:
+            seen.append(precision.name)
+        busy = seen == ["fp32", "bf16"]
+        now[0] += short * {"fp32": 2, "bf16": 10 if busy else 1}[precision.name]
+
+    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(device, "convolution_ratio", lambda _device: 1.0)
+    found = faster_precision(CPU, step, seconds=3.0)
+    assert seen == turns
+    assert found.precision == ("bf16" if len(turns) > 2 else "fp32")
+    assert found.seconds == pytest.approx(short if len(turns) > 2 else 2 * short)
+    # Two warm-ups of each, and a step may begin before the time is over.
+    assert len(turns) < 4 or now[0] < 3.0 + 4 * 10 * short + 4 * 2 * short
 
 
 def test_training_is_compiled_and_evaluation_is_not(monkeypatch):

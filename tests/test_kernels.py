@@ -43,6 +43,11 @@ def is_gcc() -> bool:
 def test_where_there_is_a_compiler_everything_compiles():
     """Otherwise a mistake in a C file would only make all slower, and skip its tests."""
     assert convolution.compiled(torch.float32) and all(map(group_norm.compiled, group_norm.FLAGS))
+    known = subprocess.run(
+        ["cc", "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
+    fits = "__AVX512BF16__" in known and "__AMX_BF16__" not in known
+    assert (convolution.compiled(torch.bfloat16) is not None) == fits
 
 
 def test_without_a_compiler_all_is_the_same(fresh, monkeypatch):

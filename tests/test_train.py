@@ -235,7 +235,8 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
     ready, tmp_path, monkeypatch, capsys, large, minutes, said, measured
 ):
     """It is compiled only if that may help, and measured as it will be: with dropout, for so few pictures."""
-    from snowmelt.training import fitting, session
+    from snowmelt.training import fitting
+    from snowmelt.training.measure import Measured
 
     seen = []
 
@@ -244,7 +245,7 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
         seen.append((config.network.channels[0], config.network.dropout))
         if wide and large is None:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        return session.Measured("fp32", 1, large if wide else 20_000.0, "channels_last", compile=True, record=True)
+        return Measured("fp32", 1, large if wide else 20_000.0, "channels_last", compile=True, record=True)
 
     monkeypatch.setattr(fitting, "measure", measure)
     monkeypatch.setattr(fitting, "is_gpu", lambda _device: True)
@@ -257,13 +258,14 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
 @pytest.mark.parametrize(("minutes", "longer"), [(1, False), (10, True)])
 def test_a_longer_run_is_measured_with_its_own_network(ready, tmp_path, monkeypatch, minutes, longer):
     """A hundred images a second; which precision is faster for the narrow network need not be so for the usual one."""
-    from snowmelt.training import fitting, session
+    from snowmelt.training import fitting
+    from snowmelt.training.measure import Measured
 
     seen: list[tuple[bool, str]] = []
 
     def measure(config, *, asked, **_given):
         seen.append((config.network.middle_attention, asked))
-        return session.Measured("fp32", 1, 100.0)
+        return Measured("fp32", 1, 100.0)
 
     monkeypatch.setattr(fitting, "measure", measure)
     monkeypatch.setattr(fitting, "is_gpu", lambda _device: False)
@@ -274,14 +276,15 @@ def test_a_longer_run_is_measured_with_its_own_network(ready, tmp_path, monkeypa
 
 def test_each_decision_is_said_once_and_a_network_measured_once(ready, tmp_path, monkeypatch, capsys):
     """By its last measurement; a VAE, whose network does not depend on the time, is measured for its batch at most."""
-    from snowmelt.training import fitting, session
+    from snowmelt.training import fitting
+    from snowmelt.training.measure import Measured
 
     seen: list[str] = []
 
     def measure(config, *, asked, **_given):
         seen.append(asked)
         ratio = ("Precision: fp32 (bf16 trains 0.5 times as fast as fp32 here)",) if asked == "auto" else ()
-        return session.Measured("fp32", 1, 1e5, reasons=(*ratio, f"channels_last: yes ({len(seen)})"))
+        return Measured("fp32", 1, 1e5, reasons=(*ratio, f"channels_last: yes ({len(seen)})"))
 
     monkeypatch.setattr(fitting, "measure", measure)
     monkeypatch.setattr(fitting, "is_gpu", lambda _device: False)
@@ -298,9 +301,10 @@ def test_each_decision_is_said_once_and_a_network_measured_once(ready, tmp_path,
 @pytest.mark.parametrize(("speed", "batch", "rate"), [(20_000.0, 256, 3e-3), (1000.0, 128, 3e-3), (300.0, 32, 6e-3)])
 def test_a_slow_gpu_takes_smaller_batches(ready, tmp_path, monkeypatch, capsys, speed, batch, rate):
     """Thirty seconds, by images/s: enough updates are left, as on a CPU."""
-    from snowmelt.training import fitting, session
+    from snowmelt.training import fitting
+    from snowmelt.training.measure import Measured
 
-    monkeypatch.setattr(fitting, "measure", lambda _config, **_given: session.Measured("fp32", 1, speed))
+    monkeypatch.setattr(fitting, "measure", lambda _config, **_given: Measured("fp32", 1, speed))
     monkeypatch.setattr(fitting, "is_gpu", lambda _device: True)
     assert cli(["train", str(ready), "--out", str(tmp_path / "run"), "--for", "30s", "--plan"]) == 0
     words = " ".join(capsys.readouterr().err.split())
@@ -310,13 +314,13 @@ def test_a_slow_gpu_takes_smaller_batches(ready, tmp_path, monkeypatch, capsys, 
 def test_a_gpu_tries_what_may_be_faster_and_says_what_came_of_it(ready, small, tmp_path, monkeypatch):
     """The way a GPU goes, on a CPU that passes for one, without a compiler."""
     from snowmelt import device
-    from snowmelt.training import session
+    from snowmelt.training import measure
 
     def unable(*_given, **_named):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", unable)
-    for module in (device, session):
+    for module in (device, measure):
         monkeypatch.setattr(module, "is_gpu", lambda _device: True)
     monkeypatch.setattr(device, "LEAST_COMPILED", 0.0)
     honest = device.time_of

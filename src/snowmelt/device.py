@@ -136,10 +136,11 @@ def faster_precision(
 ) -> Speed:
     """The precision in which `step` is faster.
 
-    One of `names` follows the other, so that what one needs is gone before the next needs it, for about `seconds` in
-    all, and once more where steps are short. Their best times are compared, since other processes can only make a time
-    worse (one that is busy whenever one of them is timed can still mislead), and bf16 must win by `gain` so that noise
-    does not decide. Where one convolution is `PLAIN` times slower in bf16 its steps are not waited for.
+    One of `names` follows the other, so that what one needs is gone before the next needs it, in two rounds where
+    steps are short and in one where they are long, for no more than about `seconds` in all. Their best times are
+    compared, since other processes can only make a time worse (one that is busy whenever one of them is timed can
+    still mislead), and bf16 must win by `gain` so that noise does not decide. Where one convolution is `PLAIN` times
+    slower in bf16 its steps are not waited for.
 
     Args:
         timed: whether the time of a step is wanted too, or only the choice.

@@ -26,6 +26,9 @@ from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel, schedule
 from snowmelt.models.gan import GANLearner, GANModel
 from snowmelt.models.optimizer import OPTIMIZERS
 from snowmelt.models.vae import VAELearner, VAEModel
+from snowmelt.networks.convolution import Convolution
+from snowmelt.networks.group_norm import FLAGS, GroupNorm
+from snowmelt.networks.kernels import begin
 from snowmelt.seeds import seeded
 
 
@@ -54,6 +57,10 @@ def build_model(config: Config, precision: Precision) -> Model:
     with seeded(config.training.seed, "weights"):
         model = choose(MODELS, config.model, "model").model(config, precision)
     model = model.to(precision.device)
+    has_kernels = precision.device.type == "cpu" and precision.layout == "channels_last"
+    if has_kernels and any(isinstance(layer, Convolution | GroupNorm) for layer in model.modules()):
+        # All that it will need at once, and not each when it is first needed.
+        begin(FLAGS[precision.dtype])
     return model.to(memory_format=LAYOUTS[precision.layout])  # pyright: ignore  (torch leaves it out of its types)
 
 

@@ -24,8 +24,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #ifdef BF16
-#ifndef __AVX512BF16__
-#error "this processor does not multiply bfloat16"
+#if !defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#error "this processor does not multiply bfloat16, or it multiplies whole tiles, which torch makes use of"
 #endif
 #include <immintrin.h>
 enum { LANES = 16, LINE = 32, TOGETHER = 2 };
@@ -245,7 +245,7 @@ INLINE void input_tiles(const number *x, map m, int64_t channels, int64_t tile, 
     square s[TOGETHER];
     for (int t = 0; t < count; t++) s[t] = square_of(x, m, channels, tile + t, 6, 1, zeros);
     for (int64_t c = 0; c < channels; c += LANES) {
-        vector d[PLACES], e[TOGETHER][PLACES], f[2][6];
+        vector d[PLACES], e[TOGETHER][PLACES], f[2][6] = {0};
         if (c % LINE == 0)
             for (int i = 0; i < 6; i++)
                 for (int j = 6; j < 6 + 4 * count; j++) __builtin_prefetch(s[count - 1].rows[i] + j * channels + c);
@@ -270,7 +270,7 @@ static void slope_tiles(const number *dy, map m, int64_t channels, int64_t tile,
     square s[TOGETHER];
     for (int t = 0; t < TOGETHER; t++) s[t] = square_of(dy, m, channels, tile + t, 4, 0, zeros);
     for (int64_t c = 0; c < channels; c += LANES) {
-        vector d[16], e[TOGETHER][24], f[2][6], sum = load(sums + c);
+        vector d[16], e[TOGETHER][24], f[2][6] = {0}, sum = {0};
         if (c % LINE == 0)
             for (int i = 0; i < 4; i++)
                 for (int j = 4; j < 4 + 4 * TOGETHER; j++)
@@ -280,7 +280,7 @@ static void slope_tiles(const number *dy, map m, int64_t channels, int64_t tile,
                 for (int i = 0; i < 4; i++) sum += d[i * 4 + j] = at(&s[t], i, j, channels, c);
                 slope(d + j, e[t] + j, 4);
             }
-        store(sums + c, sum);
+        store(sums + c, load(sums + c) + sum);
         factor *place = to + c;
         for (int i = 0; i < 6; i++) {
             for (int t = 0; t < TOGETHER; t++) slope(e[t] + i * 4, f[t], 1);
@@ -319,7 +319,7 @@ static void answer_tile(const float *from, int64_t step, const float *bias, cons
    of TOGETHER such, from one to the `next`. */
 INLINE void kernel_panel(const float *w, int64_t tap, int64_t next, int turned, factor *to, int64_t step) {
     for (int half = 0; half < PANEL; half += LANES) {
-        vector d[9], e[TOGETHER][18], f[2][6];
+        vector d[9], e[TOGETHER][18], f[2][6] = {0};
         for (int t = 0; t < TOGETHER; t++)
             for (int j = 0; j < 3; j++) {
                 for (int i = 0; i < 3; i++)

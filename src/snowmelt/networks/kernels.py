@@ -87,7 +87,8 @@ _one_at_a_time = RLock()
 
 
 def begin(flags: tuple[str, ...] = ()) -> None:
-    """Have the kernels compiled that maps need, without waiting for them; not where there is a GPU.
+    """Have the kernels compiled that maps need, without waiting for them (but for another thread that does); not where
+    there is a GPU.
 
     Args:
         flags: what the compiler is told for maps of another type than float32.

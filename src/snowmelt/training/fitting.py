@@ -13,7 +13,7 @@ from snowmelt.config import Config
 from snowmelt.data.prepared import Prepared
 from snowmelt.device import LEAST_COMPILED, is_gpu, reason_of
 from snowmelt.presets import LEAST_PLENTIFUL
-from snowmelt.training.session import Measured, measure
+from snowmelt.training.measure import Measured, measure
 
 LOOKED = 400
 """Steps that a run by time must have room for before some are spent on trying whether another layout is faster."""
