@@ -90,7 +90,7 @@ def test_in_bfloat16_it_is_as_near_as_that_can_be(half, shape, out):
 
 
 def test_bfloat16_is_rounded_to_the_nearest(half):
-    """Of an answer of about 1 the last digit is 2^-8: cut off and not rounded, it would lose half of that on average."""
+    """Of an answer of about 1 the last digit is 2^-8: cut off, not rounded, it would lose half of that on average."""
     layer = Convolution(32, 32).to(memory_format=torch.channels_last)
     nn.init.uniform_(layer.weight, 0, 2 / (9 * 32))
     x = last(8, 32, 32, 32, seed=2, dtype=HALF).abs()
