@@ -43,10 +43,11 @@ def unable(*_given, **_named):
     raise RuntimeError("no compiler here\nand a long story")
 
 
-@pytest.mark.parametrize(("short", "turns"), [(0.01, ["fp32", "bf16", "fp32", "bf16"]), (0.5, ["fp32", "bf16"])])
-def test_formats_are_timed_in_turns_where_steps_are_short(monkeypatch, short, turns):
+@pytest.mark.parametrize(("short", "again", "rounds"), [(0.01, 0.0, 2), (0.5, 0.0, 1), (0.5, 23.0, 1), (0.5, 24.0, 2)])
+def test_formats_are_timed_in_turns_where_there_is_time_for_it(monkeypatch, short, again, rounds):
     """By a clock that steps move: bf16 takes half of the time, but ten times as long while a neighbour is busy, which
-    it is through the first turn."""
+    it is through the first turn. With steps of half a second a second one would take four of 1 s and of 5 s."""
+    turns = ["fp32", "bf16"] * rounds
     now, seen = [0.0], list[str]()
 
     def step(precision: Precision) -> None:
@@ -57,12 +58,12 @@ def test_formats_are_timed_in_turns_where_steps_are_short(monkeypatch, short, tu
 
     monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(device, "convolution_ratio", lambda _device: 1.0)
-    found = faster_precision(CPU, step, seconds=3.0)
+    found = faster_precision(CPU, step, seconds=3.0, again=lambda _: again)
     assert seen == turns
-    assert found.precision == ("bf16" if len(turns) > 2 else "fp32")
-    assert found.seconds == pytest.approx(short if len(turns) > 2 else 2 * short)
+    assert found.precision == ("bf16" if rounds > 1 else "fp32")
+    assert found.seconds == pytest.approx(short if rounds > 1 else 2 * short)
     # Two warm-ups of each, and a step may begin before the time is over.
-    assert len(turns) < 4 or now[0] < 3.0 + 4 * 10 * short + 4 * 2 * short
+    assert short > 0.01 or now[0] < 3.0 + 4 * 10 * short + 4 * 2 * short
 
 
 def test_training_is_compiled_and_evaluation_is_not(monkeypatch):

@@ -132,18 +132,20 @@ def faster_precision(
     names: tuple[str, ...] = tuple(DTYPES),
     timed: bool = True,
     seconds: float = 3.0,
+    again: Callable[[float], float] = lambda _: 0.0,
     gain: float = 1.1,
 ) -> Speed:
     """The precision in which `step` is faster.
 
-    One of `names` follows the other, so that what one needs is gone before the next needs it, in two rounds where
-    steps are short and in one where they are long, for no more than about `seconds` in all. Their best times are
-    compared, since other processes can only make a time worse (one that is busy whenever one of them is timed can
-    still mislead), and bf16 must win by `gain` so that noise does not decide. Where one convolution is `PLAIN` times
-    slower in bf16 its steps are not waited for.
+    One of `names` follows the other, so that what one needs is gone before the next needs it, in two rounds or, where
+    steps are long, in one. Their best times are compared, since other processes can only make a time worse (one that is
+    busy whenever one of them is timed can still mislead), and bf16 must win by `gain` so that noise does not decide.
+    Where one convolution is `PLAIN` times slower in bf16 its steps are not waited for.
 
     Args:
         timed: whether the time of a step is wanted too, or only the choice.
+        seconds: that both rounds take; longer where a round is `LEAST_STEPS` and a warm-up of each.
+        again: how long such a second round may take, by the seconds of a step.
     """
     ratio: float | None = None
     if len(names) > 1:
@@ -154,7 +156,8 @@ def faster_precision(
         return Speed(only, ratio, None)
     each = seconds / len(names) / 2
     best = {name: time_of(Precision(device, name), step, each) for name in names}
-    if max(best.values()) * LEAST_STEPS < each:
+    least = (LEAST_STEPS + 1) * sum(best.values())
+    if least <= max(len(names) * each, again(min(best.values()))):
         best = {name: min(time, time_of(Precision(device, name), step, each)) for name, time in best.items()}
     if len(best) > 1:
         ratio = best["fp32"] / best["bf16"]

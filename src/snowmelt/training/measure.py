@@ -75,6 +75,10 @@ def learner_of(config: Config, precision: Precision, failed: Callable[[str], obj
     return learner
 
 
+PATIENCE = 0.01
+"""Share of a training that trying formats a second time may take."""
+
+
 def refuse(reason: str) -> None:
     """Of a network that is only tried: it cannot be compiled or recorded."""
     raise RuntimeError(reason)
@@ -128,7 +132,19 @@ def measure(
     gpu = is_gpu(device)
     thorough = thorough and (gpu or config.training.seconds is not None)
     timed = config.training.seconds is not None or thorough
-    found = faster_precision(device, plain, names=names, timed=timed, seconds=seconds * len(names) / len(DTYPES))
+
+    def length(taken: float) -> float:
+        """Seconds of the training, from those of a step."""
+        return config.training.seconds or (config.training.steps or 0) * taken
+
+    found = faster_precision(
+        device,
+        plain,
+        names=names,
+        timed=timed,
+        seconds=seconds * len(names) / len(DTYPES),
+        again=lambda taken: PATIENCE * length(taken),
+    )
     if found.ratio is not None:
         reasons.append(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here)")
     best, taken = dataclasses.replace(start, name=found.precision), found.seconds
@@ -139,8 +155,7 @@ def measure(
             best, step, before=taken, changes=asked_for, given=given, seconds=seconds / 3, gain=0.0
         )
     if thorough and taken is not None:
-        length = config.training.seconds or (config.training.steps or 0) * taken
-        changes = [name for name in changes_for(device, length) if name not in given]
+        changes = [name for name in changes_for(device, length(taken)) if name not in given]
         if best.layout == "channels_last":
             changes = [name for name in changes if name != "layout"]
         if gpu and "compile" not in (*changes, *given):
