@@ -7,6 +7,7 @@ import torch
 
 from snowmelt.config import DataConfig
 from snowmelt.diffusion.walk import Step
+from snowmelt.models.base import Drawing
 from snowmelt.presets import preset
 from snowmelt.training import previews
 from snowmelt.training.previews import MOMENTS, Previews
@@ -56,17 +57,39 @@ def test_a_few_at_a_time_are_the_same_pictures(monkeypatch, classes):
     assert len(few.strip[0]) == rows and torch.equal(few.strip[-1], few.pictures[:: one.columns])
 
 
-def test_all_are_foreseen_from_the_first(monkeypatch):
-    """A step takes a second of a clock that only moves between two looks at it."""
+@pytest.mark.parametrize(
+    ("at_once", "most", "tried", "each"),
+    [(False, 100.0, 6, 15 * 1.0), (False, 12.0, 4, 15 * 1.0), (True, 100.0, 1, 10.0)],
+)
+def test_all_are_foreseen_from_the_first(monkeypatch, at_once, most, tried, each):
+    """By a clock that steps move: the first takes ten seconds, one beside a neighbour five, all others one."""
     monkeypatch.setattr(previews, "drawn_at_once", lambda _: 9)
-    ticks = iter(range(1000))
-    monkeypatch.setattr(previews, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(previews, "DRAWING", Drawing(steps=15))
+    now, durations = [0.0], [10.0, 1.0, 1.0, 5.0, *[1.0] * 20]
+    monkeypatch.setattr(previews, "time", SimpleNamespace(monotonic=lambda: now[0]))
     one, model = drawer(())
-    seconds, pictures, times = one.foreseen(most=100.0)
-    assert model.asked == [9] and len(pictures) == 9
-    assert times == 4 and seconds == 4 * previews.DRAWING.count
+    model.at_once, honest = at_once, model.sample
+
+    def sample(*given):
+        for step, duration in zip(honest(*given), durations, strict=False):
+            now[0] += duration
+            yield step
+
+    monkeypatch.setattr(model, "sample", sample)
+    seconds, pictures, times = one.foreseen(most)
+    assert model.asked == [9] and len(pictures) == 9 and times == 4
+    assert now[0] == sum(durations[:tried]) and seconds == 4 * each
 
 
-def test_a_run_that_is_stopped_draws_nothing():
+def test_a_run_that_is_stopped_draws_nothing(monkeypatch):
     one, model = drawer((), stop=True)
     assert one.draw() is None and one.draw_at_last() is None and len(model.asked) == 2
+    monkeypatch.setattr(previews, "drawn_at_once", lambda _: 20)
+
+    class Later:
+        @property
+        def requested(self) -> bool:
+            return len(model.asked) == 4
+
+    one.__dict__["stop"] = Later()
+    assert one.draw() is None and model.asked[2:] == [20, 16]

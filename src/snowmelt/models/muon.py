@@ -40,7 +40,7 @@ MOMENTUM = "momentum_buffer"
 STRIPS, MIRRORED = 4, 256
 """A symmetric product of so many rows or more is computed in strips, on a processor in float32."""
 LARGE = 256
-"""Rows of a matrix from which bfloat16 is faster on a processor that has it; smaller ones it takes longer for."""
+"""Rows of a matrix from which bfloat16 is faster on a processor that has it; half as many are level, fewer slower."""
 ROOM = 2**22
 """Numbers in all matrices that a processor makes orthogonal together: more do not stay in its caches."""
 

@@ -1,6 +1,6 @@
 """Kernels in C for a processor, compiled by the C compiler of the machine, or not there at all.
 
-Each process compiles what it needs, which takes about a second, and nothing that is compiled is kept, so nobody else's
+Each process compiles what it needs, which takes a second or two, and nothing that is compiled is kept, so nobody else's
 code can be loaded. `begin` lets the compiler work while torch is still being imported. Where there is no compiler, or
 it fails, `library` is None and torch computes the same.
 """

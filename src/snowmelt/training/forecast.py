@@ -12,7 +12,8 @@ from snowmelt.device import Precision, pick_device
 from snowmelt.evaluation.drawing import SHARP
 from snowmelt.models import build_learner
 from snowmelt.terminal import words_of
-from snowmelt.training.watch import DRAWING, WATCH_SHARE
+from snowmelt.training.previews import DRAWING
+from snowmelt.training.watch import WATCH_SHARE
 
 TRAINED = 0.9
 """Share of the time that is trained; the rest goes to starting, previews and the final pictures."""

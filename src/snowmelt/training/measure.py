@@ -75,8 +75,8 @@ def learner_of(config: Config, precision: Precision, failed: Callable[[str], obj
     return learner
 
 
-PATIENCE = 0.01
-"""Share of a training that trying formats a second time may take."""
+PATIENCE = 0.02
+"""Share of a training that the steps of trying formats a second time may take."""
 
 
 def refuse(reason: str) -> None:
