@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from contest import found_in
-from snowmelt.config import Config, config_tables
+from snowmelt.config import Config, TrainingConfig, config_tables
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared, open_prepared, spread_rows
 from snowmelt.data.stream import Stream
@@ -101,9 +101,9 @@ def opened(options: Options) -> Prepared:
     return dataclasses.replace(data, train=train, held_out=held_out, fingerprint=fingerprint)
 
 
-def precision() -> Precision:
-    """That of `snowmelt train` on a processor without bf16."""
-    return Precision(CPU, layout="channels_last" if channels_last_pays(CPU) else "default")
+def precision(training: TrainingConfig) -> Precision:
+    """The arm's, float32 unless it says otherwise, in the layout that `snowmelt train` takes."""
+    return Precision(CPU, training.precision, layout="channels_last" if channels_last_pays(CPU) else "default")
 
 
 def trained(config: Config, data: Prepared, options: Options, seed: int) -> tuple[Learner, Average, dict[str, Any]]:
@@ -115,14 +115,14 @@ def trained(config: Config, data: Prepared, options: Options, seed: int) -> tupl
         steps = options.images // training.batch
     else:
         assert options.seconds is not None, "give --seconds or --images"
-        trial = build_learner(config, precision())
+        trial = build_learner(config, precision(training))
         trial.update(stream.at(0), generator(seed, "trial", 0), 0.0)
         begin = time.perf_counter()
         for step in range(1, TRIAL + 1):
             trial.update(stream.at(step), generator(seed, "trial", step), 0.0)
         steps = int(options.seconds * TRIAL / (time.perf_counter() - begin))
     plan = Plan(dataclasses.replace(training, steps=steps), Path(), [(0, steps)])
-    learner = build_learner(config, precision())
+    learner = build_learner(config, precision(training))
     study(learner, data, flip=training.flip)
     average = Average(learner.averaged, training.average)
     begin = time.perf_counter()
@@ -147,7 +147,8 @@ def drawn_by(model: Model, drawing: Drawing, count: int) -> torch.Tensor:
 
 
 def measured(learner: Learner, average: Average, data: Prepared, options: Options, name: str) -> dict[str, Any]:
-    """Loss and distance with the average weights."""
+    """Loss and distance with the average weights, in float32 as those of `snowmelt evaluate`."""
+    learner.model.precision = dataclasses.replace(learner.model.precision, name="fp32")
     with average.applied():
         errors = errors_of(learner, data, spread_rows(data.held_out, options.held_out), seed=0, device=CPU)
         found: dict[str, Any] = {key: values.mean().item() for key, values in errors.items()}
