@@ -78,8 +78,10 @@ INLINE vector bounded(vector value, float most) {
 #ifdef __AVX512F__
     return _mm512_max_ps(-high, _mm512_min_ps(high, value));
 #else
-    const whole_vector over = value > high, under = value < -high;
-    return (vector)(((whole_vector)high & over) | ((whole_vector)-high & under) | ((whole_vector)value & ~(over | under)));
+    const whole_vector over = value > high, low = (whole_vector)-high;
+    const vector below = (vector)(((whole_vector)high & over) | ((whole_vector)value & ~over));
+    const whole_vector under = below < -high;
+    return (vector)((low & under) | ((whole_vector)below & ~under));
 #endif
 }
 
