@@ -124,7 +124,7 @@ class Muon(torch.optim.Optimizer):
     """See the module; all parameters are matrices.
 
     Args:
-        dtype: that products of matrices of `LARGE` are computed in on a CPU; on a GPU all are in bfloat16.
+        dtype: that products of matrices of `LARGE` rows or more are computed in on a CPU; on a GPU all are in bfloat16.
 
     Attributes:
         found_inf: on the device, 1 for a gradient that is not finite: `step` then changes nothing. As in `torch.amp`.

@@ -43,9 +43,13 @@ def kernels_for(x: Tensor, weight: Tensor) -> torch.dtype | None:
     fits = not (out % PANEL or channels % PANEL) and x.shape[1] == channels and min(x.shape[2:]) >= SMALLEST
     if not fits or weight.dtype != torch.float32 or weight.device != x.device or x.dtype not in FLAGS:
         return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    # Without autocast maps of another type than the weights are a mistake, which torch refuses.
-    return dtype if (dtype == x.dtype or dtype != weight.dtype) and compiled(dtype) is not None else None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    elif x.dtype == weight.dtype:
+        dtype = x.dtype
+    else:
+        return None  # A mistake, which torch refuses.
+    return None if compiled(dtype) is None else dtype
 
 
 def _kernels(dtype: torch.dtype) -> ctypes.CDLL:
