@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from conftest import stirred
 from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.config import Config, DataConfig, UNetConfig
+from snowmelt.data.pixels import to_pixels
 from snowmelt.device import Precision
 from snowmelt.edit import EDITS, edit
+from snowmelt.edits.canvas import Canvas
 from snowmelt.edits.kinds import KINDS
 from snowmelt.edits.options import (
     EnlargeOptions,
@@ -28,6 +31,8 @@ from snowmelt.edits.options import (
     VaryOptions,
 )
 from snowmelt.models import build_model
+from snowmelt.prepare import PrepareOptions, prepare
+from snowmelt.presets import facts_of
 from snowmelt.run import Run
 
 
@@ -274,3 +279,21 @@ def test_help_names_the_kinds(capsys):
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert all(f"\n  {kind} " in said for kind in EDITS)
+
+
+def test_a_photo_is_cut_as_the_prepared_pictures_were(here):
+    """Also where training was given a folder prepared before, and no word of how."""
+    for name in ("one", "other"):
+        Path("pictures").mkdir(exist_ok=True)
+        Image.fromarray(painted(12, 16, seed=len(name))).save(f"pictures/{name}.png")
+    prepared = prepare(PrepareOptions("pictures", size=8, fit="pad", background="#ff0080"))
+    data = facts_of(prepared)
+    canvas = object.__new__(Canvas)
+    canvas.__dict__.update(
+        run=Run.create(here / "run", Config(data)), model=SimpleNamespace(precision=Precision(torch.device("cpu")))
+    )
+    photo = canvas.photo(Path("wide.png"))
+    # 12 x 16 pixels are 6 x 8 there, with a line of the background above and one below.
+    for line in (0, -1):
+        assert to_pixels(photo)[0, line].tolist() == [[255, 0, 128]] * 8
+    assert photo.shape == (1, 3, 8, 8) and len(to_pixels(photo)[0, 1].unique(dim=0)) > 4

@@ -45,6 +45,10 @@ class DataConfig:
     """Of the prepared dataset."""
     pictures: int = 0
     """Training pictures; 0 where that is not known."""
+    background: str = "#ffffff"
+    """Colour behind transparent parts, as #rrggbb or a name."""
+    fit: str = "crop"
+    """How they were made square: crop or pad."""
 
     def __post_init__(self) -> None:
         _require("data", self, ("size", "std"), above=0)
@@ -291,6 +295,12 @@ class GANConfig:
         return self.patch
 
 
+def check_average(share: float) -> None:
+    """Refuse a length of the running average that no power of time has (0.289 is that of the 0th)."""
+    if not 0 < share < 0.28:
+        raise UserError(f"training.average is {share}; give a share between 0 and 0.28, such as 0.1.")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """How it is learnt."""
@@ -329,8 +339,7 @@ class TrainingConfig:
         positive = ("steps", "seconds", "batch", "threads", "learning_rate", "decay", "clip")
         _require("training", self, positive, above=0)
         _require("training", self, ("warmup", "weight_decay"), above=-1)
-        if not 0 < self.average < 0.28:
-            raise UserError(f"training.average is {self.average}; give a share between 0 and 0.28, such as 0.1.")
+        check_average(self.average)
         choose(dict.fromkeys(("default", "channels_last")), self.layout, "training.layout")
 
     @property

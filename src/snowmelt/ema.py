@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snowmelt.errors import UserError
+from snowmelt.config import check_average
 
 # torch's fused operations over lists of tensors are its documented building blocks, but bear private names.
 _lerp = torch._foreach_lerp_  # pyright: ignore
@@ -29,8 +29,7 @@ def power_of(sigma_rel: float) -> float:
     >>> round(power_of(0.1), 2), round(power_of(0.05), 2)
     (6.94, 16.97)
     """
-    if not 0 < sigma_rel < 0.28:
-        raise UserError(f"training.average is {sigma_rel}; give a share between 0 and 0.28, such as 0.1.")
+    check_average(sigma_rel)
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 

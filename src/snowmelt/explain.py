@@ -169,9 +169,11 @@ def _schedule(options: ExplainOptions, model: DiffusionModel | None) -> tuple[st
 
 def _recipe(options: ExplainOptions, run: Run | None) -> Recipe:
     """How the photo is made to fit: as the run's own pictures were."""
-    from snowmelt.data.photo import recipe_of
+    from snowmelt.config import DataConfig
+    from snowmelt.data.decode import recipe_of
 
-    return recipe_of({} if run is None else run.config.request, run.config.data.size if run else options.size or SIZE)
+    data = DataConfig(options.size or SIZE, channels=3) if run is None else run.config.data
+    return recipe_of(data.size, data.background, data.fit)
 
 
 def _command(options: ExplainOptions) -> str:

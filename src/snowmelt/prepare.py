@@ -76,7 +76,7 @@ def refuse_late(source: Path, options: Any) -> None:
 
 def _check(options: PrepareOptions) -> Plan:
     from snowmelt.data.assemble import Plan
-    from snowmelt.data.decode import FITS
+    from snowmelt.data.decode import FITS, color_of
     from snowmelt.data.workers import cores
 
     if options.size is not None:
@@ -98,7 +98,7 @@ def _check(options: PrepareOptions) -> Plan:
         out=out,
         size=options.size,
         color=options.color,
-        background=_color(options.background),
+        background=color_of(options.background),
         fit=options.fit,
         seed=options.seed,
         classes=options.classes,
@@ -130,16 +130,6 @@ def _check_source(source: str) -> str:
         raise UserError(f"{path} is a prepared dataset already; train on it with `snowmelt train {path}`.")
     source_kind(path)
     return name_of(source)
-
-
-def _color(text: str) -> tuple[int, int, int]:
-    from PIL import ImageColor
-
-    try:
-        red, green, blue = ImageColor.getrgb(text)[:3]
-    except ValueError:
-        raise UserError(f"{text!r} is no colour; give a name such as white, black or grey, or #rrggbb.") from None
-    return red, green, blue
 
 
 def _is_only_ours(out: Path) -> bool:

@@ -107,7 +107,17 @@ def facts_of(data: Prepared) -> DataConfig:
         counted = Counter(data.labels[data.train].tolist())
         counts = tuple(counted[label] for label in range(len(data.classes)))
     std = max(FLATTEST, round(data.std, 6))
-    return DataConfig(data.size, data.channels, data.classes, counts, std, data.fingerprint, len(data.train))
+    return DataConfig(
+        data.size,
+        data.channels,
+        data.classes,
+        counts,
+        std,
+        data.fingerprint,
+        len(data.train),
+        data.background,
+        data.fit,
+    )
 
 
 def check_length(steps: int | None, duration: str | None) -> None:

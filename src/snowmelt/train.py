@@ -62,7 +62,7 @@ def train(options: TrainOptions) -> Run:
     started = time.monotonic()
     _check(options)
     if options.plan:
-        raise UserError("A plan trains nothing; leave `plan` away, or call snowmelt.train.plan.")
+        raise UserError("A plan trains nothing; leave `plan` away, or call `plan` of the module `snowmelt.train`.")
     path = _path(options)
     _check_source(path, options)
     run = _existing(path, options)

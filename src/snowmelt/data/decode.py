@@ -17,10 +17,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageColor
 
 from snowmelt.data.formats import HEAD_BYTES, misnamed, recognise
 from snowmelt.data.source import Unusable
+from snowmelt.errors import UserError, choose
 
 MAX_MEGAPIXELS = 100
 MAX_ASPECT = 20
@@ -37,6 +38,19 @@ class Recipe:
     size: int
     background: Color
     fit: str
+
+
+def color_of(text: str) -> Color:
+    """The colour of that name, or #rrggbb.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        red, green, blue = ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise UserError(f"{text!r} is no colour; give a name such as white, black or grey, or #rrggbb.") from None
+    return red, green, blue
 
 
 @dataclass(frozen=True)
@@ -355,3 +369,13 @@ def _enlarged(image: Image.Image, side: int, recipe: Recipe) -> str:
 
 
 FITS: dict[str, Callable[[Image.Image, Recipe], tuple[Image.Image, list[str]]]] = {"crop": _crop, "pad": _pad}
+
+
+def recipe_of(size: int, background: str, fit: str) -> Recipe:
+    """How pictures are made at `size`, of the words in which a dataset or a run keeps it.
+
+    Raises:
+        UserError: there is no such colour or fit.
+    """
+    choose(FITS, fit, "fit")
+    return Recipe(size, color_of(background), fit)

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from snowmelt.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from snowmelt.data.decode import Picture, Recipe
     from snowmelt.shapes import Images
 
 _ON_THEIR_SIDE = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
-
-
-def recipe_of(request: Mapping[str, Any], size: int) -> Recipe:
-    """How a picture of a run is made: background and fit as they were asked for, at `size`."""
-    from PIL import ImageColor
-
-    from snowmelt.data.decode import FITS, Recipe
-
-    fit = str(request.get("fit", "crop"))
-    try:
-        red, green, blue = ImageColor.getrgb(str(request.get("background", "white")))[:3]
-    except ValueError:
-        red, green, blue = 255, 255, 255
-    return Recipe(size, (red, green, blue), fit if fit in FITS else "crop")
 
 
 def read_photo(path: Path, recipe: Recipe, what: str = "photo") -> Picture:

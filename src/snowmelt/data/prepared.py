@@ -58,6 +58,9 @@ class Prepared:
     std: float
     """Likewise; the data's sigma in the edm parameterization."""
     fingerprint: str
+    background: str = "#ffffff"
+    fit: str = "crop"
+    """How they were made, as `snowmelt prepare` was told."""
 
     @property
     def size(self) -> int:
@@ -133,6 +136,8 @@ def _open(path: Path, facts: dict[str, Any]) -> Prepared:
         mean=float(facts["mean"]),
         std=float(facts["std"]),
         fingerprint=str(facts["fingerprint"]),
+        background=str(contents.settings["background"]),
+        fit=str(contents.settings["fit"]),
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from rich.progress import track
 
-from snowmelt.data.photo import images_of, read_photo, recipe_of
+from snowmelt.data.decode import recipe_of
+from snowmelt.data.photo import images_of, read_photo
 from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.diffusion.editing import Operator, inversion, observed, psnr
 from snowmelt.diffusion.guidance import THRESHOLDS
@@ -50,9 +51,9 @@ class Canvas:
 
     def photo(self, path: Path, *, shrunk: int = 1) -> Images:
         """(1, channels, size, size) the photo at `path`, made to fit the run's size divided by `shrunk`."""
-        config = self.run.config
-        recipe = recipe_of(config.request, config.data.size // shrunk)
-        return images_of(read_photo(path, recipe), config.data.channels).to(self.model.precision.device)
+        data = self.run.config.data
+        recipe = recipe_of(data.size // shrunk, data.background, data.fit)
+        return images_of(read_photo(path, recipe), data.channels).to(self.model.precision.device)
 
     @property
     def grid(self) -> Grid:

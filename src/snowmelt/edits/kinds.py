@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from snowmelt.data.decode import Recipe
-from snowmelt.data.photo import images_of, read_photo, recipe_of, size_of_photo
+from snowmelt.data.decode import recipe_of
+from snowmelt.data.photo import images_of, read_photo, size_of_photo
 from snowmelt.diffusion.editing import FILLS, Operator, blurred, cut, greyed, psnr, shrunk, slerp
 from snowmelt.diffusion.grids import GRIDS, check_grid
 from snowmelt.diffusion.noise import add_noise
@@ -50,7 +50,7 @@ def _mask(canvas: Canvas, options: InpaintOptions) -> Tensor:
             f"make it as large as the photo, {wanted[0]} x {wanted[1]}."
         )
     # What is transparent, or padded, is kept.
-    recipe = Recipe(size, (0, 0, 0), recipe_of(canvas.run.config.request, size).fit)
+    recipe = recipe_of(size, "black", canvas.run.config.data.fit)
     unknown = (images_of(read_photo(options.mask, recipe, "mask"), 1) >= 0).float()
     if not unknown.any():
         raise UserError(f"The mask {options.mask} is black everywhere; paint white what is to be filled in.")
