@@ -96,3 +96,17 @@ def test_other_layouts_and_devices_are_left_to_torch():
     assert kernels_for(x.to(memory_format=torch.channels_last).to("meta")) is None
     # One place or one channel lies in both ways.
     assert kernels_for(torch.randn(2, 8, 1, 1).to(memory_format=torch.channels_last)) is None
+
+
+def test_weights_of_another_type_are_left_to_torch(compiler):
+    """The kernels read float32; a network that somebody made bfloat16 as a whole is torch's."""
+    norm = GroupNorm(4, 16, epsilon=1e-5)
+    nn.init.normal_(norm.weight)
+    half = norm.to(torch.bfloat16)
+    x = last(2, 16, 5, 5, dtype=torch.bfloat16, seed=4).requires_grad_()
+    theirs = nn.GroupNorm(4, 16, eps=1e-5).double()
+    theirs.load_state_dict(half.state_dict())
+    found, expected = half(x), F.silu(theirs(x.detach().double()))
+    found.sum().backward()
+    assert away(found, expected) < TYPES[torch.bfloat16] and half.weight.grad is not None
+    assert half.weight.grad.dtype == torch.bfloat16

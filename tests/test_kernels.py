@@ -113,4 +113,6 @@ def test_two_threads_compile_once(fresh):
     """Whoever comes second waits for the same library, also where it comes while the first is compiling."""
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: convolution.compiled(torch.float32), range(2)))
+    if found[0] is None:
+        pytest.skip("there is no C compiler here that makes convolution.c")
     assert found[0] is found[1]

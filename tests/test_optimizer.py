@@ -286,3 +286,21 @@ def test_bfloat16_makes_matrices_orthogonal_too(monkeypatch: pytest.MonkeyPatch)
         weak = torch.randn(shape[0], shape[1], 4, generator=rng) @ torch.randn(shape[0], 4, shape[2], generator=rng)
         values = torch.linalg.svdvals(orthogonal([weak + 0.01 * matrices], torch.bfloat16)[0].float())
         assert values.max() < 1.25
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_device_without_operations_over_lists_steps_alike(name, monkeypatch):
+    """Of the norm of all gradients, as on a Mac's GPU: torch refuses to be asked for them there."""
+    from torch.nn.utils import clip_grad
+    from torch.utils import _foreach_utils
+
+    nets = [network(), network()]
+    for net, present in zip(nets, (True, False), strict=True):
+        if not present:
+            for module in (_foreach_utils, clip_grad):
+                monkeypatch.setattr(module, "_device_has_foreach_support", lambda _: False)
+        optimizer = Optimizer(net, TrainingConfig(optimizer=name, clip=1e-3))
+        backward(net, 0)
+        assert optimizer.step(1e-3)
+    # Sums of a norm in another order.
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*(net.parameters() for net in nets), strict=True))

@@ -540,3 +540,15 @@ def test_no_torch_is_imported():
         "import sys, snowmelt.prepare, snowmelt.data.assemble, snowmelt.data.workers; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("said", "most"), [("200000 100000", 2), ("50000 100000", 1), ("250000 100000", 3)])
+def test_a_containers_quota_of_time_counts_as_cores(tmp_path, monkeypatch, said, most):
+    (tmp_path / "cpu.max").write_text(said + "\n")
+    whole = workers.cores()
+    monkeypatch.setattr(workers, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: 8)
+    assert workers.cores() == most
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert workers.cores() == 8 and whole >= 1

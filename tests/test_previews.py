@@ -93,3 +93,19 @@ def test_a_run_that_is_stopped_draws_nothing(monkeypatch):
 
     one.__dict__["stop"] = Later()
     assert one.draw() is None and model.asked[2:] == [20, 16]
+
+
+@pytest.mark.parametrize(
+    ("classes", "seconds", "count"),
+    [((), 20.0, 36), ((), 21.0, 18), ((), 60.0, 12), ((), 1000.0, 6), (("a", "b", "c"), 1000.0, 6)],
+)
+def test_where_drawing_takes_long_there_are_fewer(classes, seconds, count):
+    """In 20 seconds, for which all pictures would take `seconds`; of a class at least two."""
+    one, _ = drawer(classes)
+    said = list[str]()
+    one.__dict__["log"] = said.append
+    whole = 8 * len(classes) or 36
+    assert one.limit(seconds, 20.0) == count / whole and len(said) == (count < whole)
+    drawn = one.draw()
+    assert drawn is not None and len(drawn.pictures) == count
+    assert one.limit(seconds / one.divisor, 20.0) == 1, "asked again, it stays so"

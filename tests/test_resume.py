@@ -1,10 +1,13 @@
 """Resuming is exact: interrupted in whatever way, a run ends with the bytes of one that never was."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,8 +92,6 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
 @pytest.mark.parametrize("name", ["weights.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path_factory, finished, how, name, capsys):
-    import shutil
-
     out = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(finished, out)
     run = Run.open(out)
@@ -116,7 +117,6 @@ def finished(tiny, tmp_path_factory) -> Path:
 
 def test_a_later_version_is_refused(tmp_path, finished, capsys):
     import json
-    import shutil
 
     shutil.copytree(finished, tmp_path / "run")
     path = Run.open(tmp_path / "run").newest_checkpoint() / "state.json"
@@ -124,3 +124,37 @@ def test_a_later_version_is_refused(tmp_path, finished, capsys):
     assert cli(["sample", str(tmp_path / "run")]) == 2
     assert "later Snowmelt (9.0); upgrade" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_differs_where_a_run_goes_on_is_said(tmp_path, finished, monkeypatch):
+    from snowmelt.training import session
+
+    for path, expected in ((tmp_path / "same", 0), (tmp_path / "other", 2)):
+        shutil.copytree(finished, path)
+        Run.open(path).write_status("stopped")
+        if expected:
+            settings = path / "config.toml"
+            settings.write_text(settings.read_text().replace('"default"', '"channels_last"'))
+            monkeypatch.setattr(session, "cores", lambda: 0)
+            monkeypatch.setattr(session, "compiled", lambda _: None)
+        assert cli(["train", "--resume", str(path)]) == 0
+        log = (path / "log.txt").read_text()
+        assert "Continuing" in log and (log.count("cores here") + log.count("cannot be compiled here")) == expected
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    from snowmelt.training import signals
+
+    clock, ended = [100.0], []
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(signal, "raise_signal", lambda number: ended.append(number))
+    with signals.catch_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and stop.signal == signal.SIGTERM
+        clock[0] += 0.5
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [] and stop.signal == signal.SIGTERM
+        clock[0] += 0.6
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL

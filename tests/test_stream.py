@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from snowmelt.data import stream as streams
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch, Stream
@@ -125,3 +126,13 @@ def test_half_of_the_pictures_are_mirrored(data):
 
 def test_pictures_without_classes_have_no_labels(data):
     assert stream(replace(data, labels=None, classes=())).at(0).labels is None
+
+
+def test_many_pictures_are_read_from_their_file(data, monkeypatch):
+    """The same batches, and no copy of all of them in memory."""
+    expected = [stream(data, flip=True).at(step) for step in range(9)]
+    monkeypatch.setattr(streams, "COPIED", 0)
+    other = stream(data, flip=True, workers=1)
+    assert other.pixels is data.images
+    assert all(same(other.at(step), batch) for step, batch in enumerate(expected))
+    other.close()

@@ -8,8 +8,10 @@ import shlex
 from itertools import combinations, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from snowmelt.cli import run as cli
 from snowmelt.device import Precision
@@ -311,3 +313,17 @@ def test_a_gan_has_nothing_to_tune(tmp_path, capsys):
     capsys.readouterr()
     assert cli(["tune", out]) == 2
     assert "nothing to tune" in capsys.readouterr().err
+
+
+def test_one_picture_is_refused_before_anything_is_drawn(tmp_path, tiny, capsys):
+    (tmp_path / "two").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "two" / f"{number}.png")
+    out = str(tmp_path / "run")
+    words = ["--steps", "2", "--precision", "fp32", "--config", str(tiny)]
+    assert cli(["train", str(tmp_path / "two"), "--out", out, *words]) == 0
+    capsys.readouterr()
+    assert cli(["tune", out]) == 2
+    said = capsys.readouterr().err
+    assert "was trained on one picture" in said and said.count("\n") == 1

@@ -144,7 +144,7 @@ def faster_precision(
 
     Args:
         timed: whether the time of a step is wanted too, or only the choice.
-        seconds: that both rounds take; longer where a round is `LEAST_STEPS` and a warm-up of each.
+        seconds: that both rounds take; longer where steps do, of which a warm-up and mostly `LEAST_STEPS` are made.
         again: how long such a second round may take, by the seconds of a step.
     """
     ratio: float | None = None
@@ -240,14 +240,14 @@ def reason_of(error: Exception) -> str:
 
 
 LEAST_STEPS = 3
-"""That are timed, however long they take."""
+"""That are timed, but where that takes as many times the seconds allowed."""
 
 
 def time_of(precision: Precision, step: Callable[[Precision], object], seconds: float) -> float:
     """Of a step, at best, after a warm-up."""
     step(precision)
     times, end = list[float](), time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < LEAST_STEPS:
+    while time.perf_counter() < end or (len(times) < LEAST_STEPS and sum(times) <= LEAST_STEPS * seconds):
         synchronize(precision.device)
         start = time.perf_counter()
         step(precision)

@@ -131,8 +131,10 @@ class Run:
                 )
             return newest
         if name == "before":
-            if not any(line.get("alarm") == "memorization" for line in self.metrics()) or not before:
+            if not any(line.get("alarm") == "memorization" for line in self.metrics()):
                 raise UserError(f"{self.path} has not begun to know its pictures by heart; leave --state before away.")
+            if not before:
+                raise UserError(f"{self.path} knew its pictures by heart at the first look; leave --state before away.")
             return checkpoint.path_of(self.before, before[-1])
         return choose(kept, name, f"kept state of {self.path} called")
 

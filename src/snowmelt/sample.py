@@ -161,7 +161,8 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
         if given is not None and given < 1:
             raise UserError(f"--{name} is {given}; give at least 1.")
     if options.count * len(options.seeds) > MOST:
-        raise UserError(f"--count {options.count} is more than {MOST:,} pictures; draw them in parts, with --first.")
+        whole = options.count * len(options.seeds)
+        raise UserError(f"{whole:,} pictures are more than {MOST:,}; draw them in parts, with --count and --first.")
     if options.first < 0:
         raise UserError(f"--first is {options.first}; pictures are numbered from 0.")
     names = run.config.data.classes

@@ -64,6 +64,8 @@ def tune(options: TuneOptions) -> Path:
     model, state = run.load_model(make_precision(pick_device(options.device), options.precision))
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step: nothing to tune.")
+    if len(run.open_pictures().train) < 2:
+        raise UserError(f"{run.path} was trained on one picture, beside which nothing can be judged; train on more.")
     model.means = mean_images(run).to(model.precision.device)
     screen = console()
     with Progress(console=screen, transient=True) as progress:

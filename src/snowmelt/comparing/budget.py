@@ -13,13 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from snowmelt.errors import UserError
+from snowmelt.presets import SHORTEST
 
 AIM = 0.97
 """Share of the time that is given away; the rest is for surprises."""
 MEASURED = 0.25
 LEAST_MEASURED, MOST_MEASURED = 45.0, 1200.0
-SHORTEST = 30.0
-"""Seconds of training of each model that are worth it."""
 ENCODER_SHARE = 0.12
 """Of the time that training an encoder may take; beyond that the random features must do."""
 OTHERS = 0.25

@@ -132,7 +132,8 @@ def _command(options: CompareOptions, family: str, data: Path, path: Path, secon
 
 
 def _train(words: list[str], path: Path, stop: Stop) -> None:
-    # In a session of its own, so that a Ctrl-C does not reach it twice: the second signal would end it unsaved.
+    # In a session of its own, so that a Ctrl-C does not reach it twice: a second signal that comes late would end it
+    # unsaved.
     command = [sys.executable, "-P", "-m", "snowmelt", *words]
     process = subprocess.Popen(command, start_new_session=True)  # noqa: S603  our own command line
     asked = False

@@ -27,6 +27,10 @@ RowsThere: TypeAlias = tuple[Pixels, Labels | None]
 """The same on the device."""
 
 
+COPIED = 1 << 30
+"""Bytes of training pictures that are copied into memory of the process, at most."""
+
+
 class Batch(NamedTuple):
     """What a learner is given at every step."""
 
@@ -57,8 +61,11 @@ class Stream:
         resident: bool = False,
     ) -> None:
         self.size, self.seed, self.flip, self.device = batch, seed, flip, device
-        # In memory once, as bytes: 60,000 small pictures are 50 MB.
-        self.pixels = np.ascontiguousarray(data.images[data.train])
+        # In memory once, as bytes: 60,000 small pictures are 50 MB. What is larger is read from its file, of which the
+        # system keeps as much in memory as there is room for.
+        copied = resident or len(data.train) * data.images[0].nbytes <= COPIED
+        self.pixels = np.ascontiguousarray(data.images[data.train]) if copied else data.images
+        self.rows = np.arange(len(data.train)) if copied else data.train
         self.labels = None if data.labels is None else data.labels[data.train]
         self.there = self._all_over(self.pixels, self.labels) if resident else None
         self.pool = ThreadPoolExecutor(workers, "stream") if workers and not resident else None
@@ -68,7 +75,7 @@ class Stream:
         self.order_there = lru_cache(maxsize=4)(self._order_there)
 
     def _order(self, epoch: int) -> np.ndarray:
-        return torch.randperm(len(self.pixels), generator=generator(self.seed, "order", epoch)).numpy()
+        return torch.randperm(len(self.rows), generator=generator(self.seed, "order", epoch)).numpy()
 
     def _order_there(self, epoch: int) -> Tensor:
         return self._over(torch.from_numpy(self.order(epoch)))
@@ -83,9 +90,9 @@ class Stream:
         """The stored pictures and labels of `step`: numpy's work, since torch in a second thread would start a second
         team of OpenMP threads, which takes the cores from the first."""
         positions = np.arange(step * self.size, (step + 1) * self.size)
-        epochs, places = np.divmod(positions, len(self.pixels))
+        epochs, places = np.divmod(positions, len(self.rows))
         index = np.concatenate([self.order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
-        return self.pixels[index], None if self.labels is None else self.labels[index]
+        return self.pixels[self.rows[index]], None if self.labels is None else self.labels[index]
 
     def _rows(self, step: int) -> Rows:
         if self.pool is None:
@@ -102,7 +109,7 @@ class Stream:
 
     def _index_there(self, step: int) -> Tensor:
         """Which pictures `step` takes, on the device: a few pieces of the orders of its epochs."""
-        begin, end, count = step * self.size, (step + 1) * self.size, len(self.pixels)
+        begin, end, count = step * self.size, (step + 1) * self.size, len(self.rows)
         epochs = range(begin // count, (end - 1) // count + 1)
         return torch.cat([self.order_there(e)[max(begin - e * count, 0) : end - e * count] for e in epochs])
 

@@ -45,15 +45,24 @@ _CHUNK_FILES = 32
 _DONE = b"."
 _CHUNK_PIXELS = 1 << 23
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
 Outcome = Picture | int | str
 """A decoded picture, a shorter side in pixels, or the reason why there is neither."""
 
 
 def cores() -> int:
-    """The processor cores this process may use."""
+    """The processor cores this process may use, or as many as a container's quota of time is worth."""
     if sys.platform != "win32" and hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        present = len(os.sched_getaffinity(0))
+    else:
+        present = os.cpu_count() or 1
+    try:
+        # "200000 100000", microseconds of each period, or "max 100000": cgroup v2.
+        quota, period = map(int, QUOTA.read_text().split())
+    except (OSError, ValueError):
+        return present
+    return min(present, max(1, math.ceil(quota / period)))
 
 
 # the caller's side

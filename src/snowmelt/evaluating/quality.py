@@ -33,6 +33,7 @@ from snowmelt.evaluation.statistics import measure, measure_patches, seconds_exp
 from snowmelt.models import MODELS, check_drawing
 from snowmelt.models.base import Drawing
 from snowmelt.pictures import picture, save_png, sheet_of_pixels
+from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run, is_locked
 from snowmelt.terminal import Log, words_of
 
@@ -253,7 +254,14 @@ def _gaps(run: Run, data: Prepared, options: EvaluateOptions) -> list[Gap]:
     learner = run.load_learner(make_precision(pick_device(options.device), "fp32"), options.state)
     device = learner.model.precision.device
     train, held_out = (
-        errors_of(learner, data, spread_rows(rows, GAP_PICTURES), seed=options.seed, device=device)
+        errors_of(
+            learner,
+            data,
+            spread_rows(rows, GAP_PICTURES),
+            seed=options.seed,
+            device=device,
+            batch=drawn_at_once(run.config),
+        )
         for rows in (data.train, data.held_out)
     )
     return gaps(train, held_out)

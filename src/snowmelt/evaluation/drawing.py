@@ -31,8 +31,9 @@ from snowmelt.run import Run
 from snowmelt.seeds import generator, noise_source
 from snowmelt.shapes import Grid, Images
 
-MEASURED_LEVELS = 40
-MEASURED_PICTURES = 128
+MEASURED_LEVELS, MEASURED_PICTURES = 40, 128
+"""At how many levels, and on how many pictures, the variance of `--variance analytic` is measured: a smooth curve of
+means over all pixels."""
 
 
 def make_ready(run: Run, state: Path, model: Model, drawing: Drawing) -> None:

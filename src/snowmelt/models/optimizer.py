@@ -106,10 +106,10 @@ class Optimizer:
 
     def _norm(self) -> Tensor:
         gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
-        return nn.utils.get_total_norm(gradients, foreach=True)
+        return nn.utils.get_total_norm(gradients)
 
     def _clip(self, norm: Tensor) -> None:
-        nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip, norm, foreach=True)
+        nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip, norm)
 
     def clip_gradients(self) -> bool:
         """Clip the gradients; whether their norm is finite."""

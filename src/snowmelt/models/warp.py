@@ -51,7 +51,11 @@ def warped(images: Images, probability: float, rng: torch.Generator) -> tuple[Im
     matrix = torch.stack([1 - 2 * mirrored, torch.ones_like(mirrored)], 1)[:, :, None] * matrix
     back = torch.cat([matrix, -(matrix @ (2 * moves.T[:, :, None]))], 2)
     grid = F.affine_grid(back, list(images.shape), align_corners=False)
-    changed = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    # A Mac's GPU has no bicubic sampling.
+    where = torch.device("cpu") if device.type == "mps" else device
+    changed = F.grid_sample(
+        images.to(where), grid.to(where), mode="bicubic", padding_mode="reflection", align_corners=False
+    ).to(device)
     turned = torch.stack([turn.cos() - 1, turn.sin()])
     stretched = stretch * torch.stack([(2 * along).cos(), (2 * along).sin()])
     return changed.clamp(-1, 1), torch.cat([mirrored[None], size[None], turned, stretched, moves]).T

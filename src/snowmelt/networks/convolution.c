@@ -17,6 +17,7 @@
    their gradients are float32 in both. */
 
 #include <omp.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -176,9 +177,26 @@ static void products(int64_t rows, int64_t columns, const factor *a, int64_t row
         strip(rows, 0, a, row, along, b + panel / PANEL * beside, below, 0, c + panel, c_row, depth, add);
 }
 
-/* Room that a thread keeps for the next call, as long as the process lives; NULL if there is none. */
+/* Room that a thread keeps for the next call, for as long as it lives. */
+static __thread float *shared_room, *own_room;
+static __thread int64_t shared_size, own_size;
+static pthread_key_t ending;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int begun;
+
+static void at_the_end(void *any) {
+    (void)any;
+    free(shared_room), free(own_room);
+    shared_room = own_room = NULL, shared_size = own_size = 0;
+}
+
+static void begin(void) { begun = !pthread_key_create(&ending, at_the_end); }
+
+/* NULL if there is none. */
 static float *room_for(float **kept, int64_t *size, int64_t needed) {
     if (*size < needed) {
+        pthread_once(&once, begin);
+        if (begun) pthread_setspecific(ending, &ending);
         free(*kept);
         *kept = NULL, *size = 0;
         if (posix_memalign((void **)kept, ALIGN, needed * sizeof(float))) *kept = NULL;
@@ -186,9 +204,6 @@ static float *room_for(float **kept, int64_t *size, int64_t needed) {
     }
     return *kept;
 }
-
-static __thread float *shared_room, *own_room;
-static __thread int64_t shared_size, own_size;
 
 /* A map and its tiles. */
 typedef struct {

@@ -20,7 +20,7 @@ from snowmelt.files import write_atomic
 from snowmelt.models.base import Learner
 from snowmelt.run import Run
 from snowmelt.seeds import generator
-from snowmelt.terminal import Log, size_of
+from snowmelt.terminal import Log, size_of, words_of
 from snowmelt.training.plan import Plan
 from snowmelt.training.progress import Progress
 from snowmelt.training.signals import Stop
@@ -160,13 +160,21 @@ def decide(session: Session, progress: Progress, per_step: float) -> None:
         watch.foresee()
         progress.elapsed = time.monotonic() - session.started
     watch.keep_pace(per_step)
+    budget, first = plan.config.seconds or 0.0, plan.horizon(progress.step) is None
+    ending = watch.seconds_of_finish()
     plan.decide(
         progress.step,
         elapsed=progress.elapsed,
         per_step=per_step,
-        per_watch=watch.seconds_left(progress.step, (plan.config.seconds or 0) - progress.elapsed),
-        ending=watch.seconds_of_finish(),
+        per_watch=watch.seconds_left(progress.step, budget - progress.elapsed),
+        ending=ending,
     )
+    if first and plan.finished(progress.step):
+        needed = words_of(ending + watch.preview_seconds)
+        session.log(
+            f"No time is left to train: the final pictures and the report take {needed}. "
+            "Give more time with --for, or prepare smaller pictures with --size."
+        )
 
 
 def skipped(session: Session, progress: Progress, step: int) -> Progress:

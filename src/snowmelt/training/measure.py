@@ -98,7 +98,8 @@ def measure(
 
     Args:
         thorough: then try another layout, and on a GPU recording, and compiling where the run is long enough for it;
-            on a CPU only in a run by time, since one by steps is to give the same weights again on the same machine.
+            on a CPU only in a run by time, since one by steps should give the same weights again on the same machine,
+            and where two layouts are about as fast, chance would choose between them.
         given: keys of [training] that the person has set; they are as `config` has them.
     """
     threads = threads or threads_for(config.data, cores())

@@ -67,8 +67,8 @@ class TrainOptions:
     """Highest learning rate."""
     flip: bool = False
     """Mirror half of the pictures: for things that have no left and right."""
-    seed: int = 0
-    """Decides the first weights, the order of the pictures, the noise and what is held out."""
+    seed: int | None = None
+    """Decides the first weights, the order of the pictures, the noise and what is held out; 0 when not given."""
     precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
     """auto measures which is faster here."""
     config: Path | None = None
@@ -111,7 +111,7 @@ def overrides_of(options: TrainOptions) -> dict[str, dict[str, Any]]:
             "optimizer": options.optimizer,
             "learning_rate": options.learning_rate,
             "flip": options.flip or None,
-            "seed": options.seed or None,
+            "seed": options.seed,
             "precision": None if options.precision == "auto" else options.precision,
             "steps": options.steps,
             "seconds": None if options.duration is None else seconds_of(options.duration),
@@ -179,7 +179,8 @@ def resolve(
 
 def request_of(options: TrainOptions) -> dict[str, Any]:
     """The options that make the run what it is, as config.toml keeps them."""
-    asked = {name: value for name, value in vars(options).items() if name not in PROCESS_OPTIONS and value is not None}
+    given = vars(options) | {"seed": options.seed or 0}
+    asked = {name: value for name, value in given.items() if name not in PROCESS_OPTIONS and value is not None}
     if options.source is not None:
         asked["source"] = resolved(options.source)
     return asked | ({"config": _settings_text(options.config)} if options.config else {})

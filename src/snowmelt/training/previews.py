@@ -18,7 +18,7 @@ from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
 from snowmelt.shapes import Images, Labels
-from snowmelt.terminal import Log
+from snowmelt.terminal import Log, words_of
 from snowmelt.training.signals import Stop
 
 DRAWING = Drawing()
@@ -37,7 +37,11 @@ class Drawn(NamedTuple):
     """Some of them: `MOMENTS` noisy images, and the pictures."""
 
 
-@dataclass(frozen=True)
+FEWER = (1, 2, 3, 6)
+"""What the number of pictures is divided by where there is no time for all of them."""
+
+
+@dataclass
 class Previews:
     """Draws them, with whatever weights the model has."""
 
@@ -46,12 +50,26 @@ class Previews:
     device: torch.device
     stop: Stop
     log: Log
+    divisor: int = 1
+    """Of the number of pictures: one of `FEWER`."""
 
     @property
     def columns(self) -> int:
-        """Of the grid: pictures of a class stand beside each other."""
+        """Of the grid: pictures of a class stand beside each other, at least two."""
         classes = self.run.config.data.classes
-        return min(8, 48 // min(len(classes), 10)) if classes else 6
+        return max(2, min(8, 48 // min(len(classes), 10)) // self.divisor) if classes else 6
+
+    def limit(self, seconds: float, most: float) -> float:
+        """Where drawing all pictures takes `seconds`, and that is longer than `most`, draw fewer from now on.
+
+        Returns:
+            The share of them that is left.
+        """
+        before, whole = self._count(), seconds * self.divisor
+        self.divisor = next((divisor for divisor in FEWER if whole <= divisor * most), FEWER[-1])
+        if (count := self._count()) < before:
+            self.log(f"Pictures: {count} at the end instead of {before}, whose drawing would take {words_of(seconds)}.")
+        return count / before
 
     def draw(self, drawing: Drawing | None = None) -> Drawn | None:
         """The pictures, and how some came to be; None when the run was asked to stop meanwhile."""
@@ -128,7 +146,7 @@ class Previews:
 
     def _count(self) -> int:
         labels = self._labels()
-        return 36 if labels is None else len(labels)
+        return 36 // self.divisor if labels is None else len(labels)
 
     def _labels(self) -> Labels | None:
         """One row for each class, ten rows at most; none where there are no classes."""

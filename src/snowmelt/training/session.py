@@ -11,13 +11,16 @@ from pathlib import Path
 
 import torch
 
+from snowmelt.config import TrainingConfig
 from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.data.stream import Batch, Stream
-from snowmelt.device import has_room, keep_memory, pick_device, use_tensor_cores
+from snowmelt.data.workers import cores
+from snowmelt.device import PLAIN, convolution_ratio, has_room, keep_memory, pick_device, use_tensor_cores
 from snowmelt.ema import Average
 from snowmelt.errors import NO_MEMORY, Stopped, UserError, out_of_memory
 from snowmelt.evaluation.levels import batch_of
 from snowmelt.models.base import Learner
+from snowmelt.networks.group_norm import compiled
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 from snowmelt.terminal import Log
@@ -56,7 +59,8 @@ def study(learner: Learner, data: Prepared, *, flip: bool) -> None:
         for first in range(0, len(rows), count):
             images, labels = batch_of(data, rows[first : first + count], torch.device("cpu"))
             if flip:
-                images[::2] = images[::2].flip(3)
+                # Every other one, also where a batch is a single large picture.
+                images[first % 2 :: 2] = images[first % 2 :: 2].flip(3)
             yield Batch(images, labels)
 
     learner.model.study(batches())
@@ -140,8 +144,22 @@ def _set_up(run: Run, data: Prepared, here: Here, log: Log, stop: Stop, started:
     session.started = started - progress.elapsed
     if progress.step:
         log(f"Continuing {run.path} from step {progress.step}.")
+        for difference in _differences(config.training, device):
+            log(difference)
     run.write_status("training", step=progress.step, images=progress.images)
     return session, progress
+
+
+def _differences(training: TrainingConfig, device: torch.device) -> Iterator[str]:
+    """What a run should know that goes on elsewhere than where it was settled how it computes."""
+    if device.type != "cpu":
+        return
+    if training.threads > cores():
+        yield f"It computes with {training.threads} threads, and there are {cores()} cores here: that may be slow."
+    if training.layout == "channels_last" and compiled(torch.float32) is None:
+        yield "The kernels for channels_last cannot be compiled here: torch's are slower."
+    if training.precision == "bf16" and convolution_ratio(device) < 1 / PLAIN:
+        yield "This processor does not multiply bfloat16, but imitates it: that may take many times as long."
 
 
 def _train(session: Session, progress: Progress) -> Path:

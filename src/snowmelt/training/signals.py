@@ -1,9 +1,10 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and leave, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to save and leave, a later one ends it at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from types import FrameType
 from snowmelt.errors import Stopped
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
+APART = 1.0
+"""Seconds between two signals that are two: launchers hand one on that has come from the terminal, or send it to a
+process and to its group."""
 
 
 @dataclass
@@ -58,10 +62,15 @@ def catch_signals() -> Generator[Stop]:
         return
     before = {number: signal.getsignal(number) for number in CAUGHT}
 
+    came = 0.0
+
     def note(number: int, _frame: FrameType | None) -> None:
-        stop.signal = number
-        for caught in CAUGHT:
-            signal.signal(caught, signal.SIG_DFL)
+        nonlocal came
+        now = time.monotonic()
+        if stop.requested and now - came >= APART:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        came, stop.signal = (came, stop.signal) if stop.requested else (now, number)
 
     for number in CAUGHT:
         signal.signal(number, note)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import fmean
 
@@ -22,10 +22,11 @@ from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.device import memory_in_use
 from snowmelt.ema import Average
 from snowmelt.evaluation.curves import plot_curves
-from snowmelt.evaluation.levels import batch_of, errors_of
+from snowmelt.evaluation.levels import Errors, batch_of, errors_in_parts, joined
 from snowmelt.evaluation.memorization import gaps
 from snowmelt.models.base import Learner
 from snowmelt.pictures import png_of, save_png, sheet, strip
+from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
 from snowmelt.shapes import Images
@@ -55,6 +56,8 @@ STATUS_SECONDS = 2.0
 """Between writes of status.json."""
 FINISH = 0.5
 """Seconds that the report takes, and the end of the process."""
+FINAL_SHARE = 0.2
+"""Of the time of a run that drawing the final pictures may take; where all would take longer there are fewer."""
 PROBED = 24
 """Pictures whose errors tell how long those of all take."""
 PROBING = 0.01
@@ -231,6 +234,9 @@ class Watch:
         whole = sum(min(HELD_OUT, len(one)) for one in (self.data.held_out, self.data.train))
         self.errors_seconds = (time.monotonic() - begin) * whole / max(1, len(rows))
         self.drawing_seconds, pictures, times = self.previews.foreseen(PROBING * (self.plan.config.seconds or 0.0))
+        ways = 1 if self.learner.model.at_once else 2
+        left = self.previews.limit(ways * self.drawing_seconds, FINAL_SHARE * (self.plan.config.seconds or inf))
+        self.drawing_seconds, times = left * self.drawing_seconds, left * times
         begin = time.monotonic()
         png_of(sheet(pictures, self.previews.columns))
         self.saving_seconds = times * (time.monotonic() - begin)
@@ -241,9 +247,12 @@ class Watch:
 
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
+        finished = self.plan.finished(progress.step)
+        if finished and self.plan.config.seconds and not self.preview_seconds:
+            # Of a run that is resumed at its end: how many pictures there is time for.
+            self.foresee()
         begin = time.monotonic()
         with self.average.applied():
-            finished = self.plan.finished(progress.step)
             drawn = self.previews.draw_at_last() if finished else self.previews.draw()
             if drawn is None:
                 return
@@ -292,6 +301,8 @@ class Watch:
     def _measure(self, progress: Progress, drawn: Images | None) -> None:
         """The errors on held-out and on training pictures, and how different drawn pictures are, if there are any."""
         held_out, train = (self._errors(rows) for rows in (self.data.held_out, self.data.train))
+        if held_out is None or train is None:
+            return
         line: dict[str, float] = {name: round(values.mean().item(), 7) for name, values in held_out.items()}
         line["train_loss"] = round(train[LOSS].mean().item(), 7)
         if min(len(train[LOSS]), len(held_out[LOSS])) > 1:  # fewer have no deviation, and no gap is beyond doubt
@@ -302,9 +313,21 @@ class Watch:
             self._say_collapse(progress, line["spread"])
         self.run.append_metrics({"step": progress.step, "images": progress.images} | line)
 
-    def _errors(self, rows: np.ndarray) -> dict[str, Tensor]:
-        seed = self.run.config.training.seed
-        return errors_of(self.learner, self.data, spread_rows(rows, HELD_OUT), seed=seed, device=self.device)
+    def _errors(self, rows: np.ndarray) -> Errors | None:
+        """On some of the pictures `rows`; None when the run was asked to stop meanwhile."""
+        config, some, parts = self.run.config, spread_rows(rows, HELD_OUT), list[Errors]()
+        for part in errors_in_parts(
+            self.learner,
+            self.data,
+            some,
+            seed=config.training.seed,
+            device=self.device,
+            batch=drawn_at_once(config),
+        ):
+            parts.append(part)
+            if self.stop.requested:
+                return None
+        return joined(parts)
 
     def _spread(self, drawn: Images) -> float:
         classes = min(10, len(self.run.config.data.classes))

@@ -18,6 +18,7 @@ from snowmelt.evaluation.metrics import frechet_of
 from snowmelt.evaluation.neighbours import Pair
 from snowmelt.models.base import Drawing
 from snowmelt.models.diffusion import DiffusionModel
+from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run
 from snowmelt.shapes import Features
 from snowmelt.tuning.search import noises
@@ -77,7 +78,7 @@ class Judge:
         """The Frechet distance of `JUDGED` pictures, made of the same noise for every drawing."""
         pixels: list[np.ndarray] = []
         # Of other noise than the trajectories.
-        for noise, labels in noises(self.model, self.seed + 1, JUDGED):
+        for noise, labels in noises(self.model, self.seed + 1, JUDGED, drawn_at_once(self.model.config)):
             *_, last = self.model.sample(noise, labels, drawing)
             pixels.append(to_pixels(last.x0).cpu().numpy())
         self.judged()

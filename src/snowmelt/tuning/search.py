@@ -34,10 +34,11 @@ TRIED = 32
 USUAL = (PLAIN, "unipc", *FRESH)
 """Samplers whose usual levels are candidates."""
 LARGEST_BATCH, LARGE = 32, 64
-"""Pictures drawn at once, up to this size; fewer of larger ones, whose trajectories would not fit into memory."""
+"""Pictures whose trajectories are drawn, and kept, at once, up to this size; fewer of larger ones."""
 SHIFTS = (0.3, -0.3)
 """Shares of the way to a neighbour by which a level is moved, to see whether that is better."""
 ROUNDS = 1
+"""How often every level is tried so: a round takes two trials for each."""
 
 
 class Part(NamedTuple):
@@ -75,10 +76,9 @@ class Bench:
         return Trial(drawing, (sum(squares) / len(squares)) ** 0.5)
 
 
-def noises(model: DiffusionModel, seed: int, count: int) -> Iterator[tuple[NoiseSource, Labels | None]]:
-    """Batches of the noise of `count` pictures and, where there are classes, of what they show."""
+def noises(model: DiffusionModel, seed: int, count: int, batch: int) -> Iterator[tuple[NoiseSource, Labels | None]]:
+    """The noise of `count` pictures, `batch` at a time, and, where there are classes, what they show."""
     data, device = model.config.data, model.precision.device
-    batch = max(1, min(LARGEST_BATCH, LARGEST_BATCH * LARGE**2 // data.size**2))
     for start, stop in pairwise([*range(0, count, batch), count]):
         numbers, shape = range(start, stop), (data.channels, data.size, data.size)
         classes = [class_by_chance(data, seed, number) for number in numbers] if data.classes else []
@@ -88,7 +88,8 @@ def noises(model: DiffusionModel, seed: int, count: int) -> Iterator[tuple[Noise
 
 def walks(model: DiffusionModel, *, pictures: int, seed: int, progress: Progress) -> Iterator[tuple[Part, list[Step]]]:
     """Batches of `pictures` pictures with their walks over `FINE` levels."""
-    batches = list(noises(model, seed, pictures))
+    most = max(1, min(LARGEST_BATCH, LARGEST_BATCH * LARGE**2 // model.config.data.size**2))
+    batches = list(noises(model, seed, pictures, most))
     work = progress.add_task("Trajectories", total=len(batches) * FINE)
     for noise, labels in batches:
         walk: list[Step] = []
