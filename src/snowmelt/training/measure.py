@@ -114,9 +114,13 @@ def measure(
     reasons = list[str]()
 
     start = dataclasses.replace(precision_of(config.training, device), compiled=False, recorded=False)
-    if "layout" not in given and channels_last_pays(device):
-        start = dataclasses.replace(start, layout="channels_last")
-        reasons.append("channels_last: yes (its kernels could be compiled)")
+    pays = "layout" not in given and channels_last_pays(device)
+
+    def plain(name: str) -> Precision:
+        """What is tried first. A GAN has none of the layers whose kernels are compiled, and without them channels_last
+        is faster in float32 only (docs/recipe.md)."""
+        lies = pays and (config.model != "gan" or name == "fp32")
+        return dataclasses.replace(start, name=name, layout="channels_last" if lies else start.layout)
 
     def step(precision: Precision) -> None:
         if precision not in learners:
@@ -125,9 +129,6 @@ def measure(
             forget_tried(device)
             learners[precision] = learner_of(config, precision, refuse)
         learners[precision].update(batch, generator(0, "measure", device=device), 0.0)
-
-    def plain(precision: Precision) -> None:
-        step(dataclasses.replace(start, name=precision.name))
 
     seconds = 3.0 if config.training.seconds is None else min(3.0, 0.02 * config.training.seconds)
     gpu = is_gpu(device)
@@ -140,7 +141,7 @@ def measure(
 
     found = faster_precision(
         device,
-        plain,
+        lambda precision: step(plain(precision.name)),
         names=names,
         timed=timed,
         seconds=seconds * len(names) / len(DTYPES),
@@ -148,7 +149,9 @@ def measure(
     )
     if found.ratio is not None:
         reasons.append(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here)")
-    best, taken = dataclasses.replace(start, name=found.precision), found.seconds
+    best, taken = plain(found.precision), found.seconds
+    if pays and best.layout == "channels_last":
+        reasons.append("channels_last: yes (its kernels could be compiled)")
     if taken is not None:
         # What the person has asked for, whether it pays or not; the rest is tried on top of it.
         asked_for = [name for name in ("compile", "record") if gpu and getattr(config.training, name)]
