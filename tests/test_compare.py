@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from snowmelt.cli import run as cli
+from snowmelt.comparing import entry as entries
 from snowmelt.comparing.budget import AIM, samples_over_time, samples_within, shares
 from snowmelt.comparing.duel import Ledger
 from snowmelt.comparing.verdict import RETRAINED, groups, told_apart, verdict
@@ -246,11 +248,21 @@ def test_finished_runs_are_compared(digits, tmp_path, monkeypatch):
         assert run["quality"]["samples"] == 64 and run["parameters"] > 1000 and run["steps"] == 1
         assert (tmp_path / "out" / run["sheet"]).is_file()
         assert run["over_time"][-1]["share"] == 1.0
+        assert not (digits[run["name"]] / "evaluations" / "quality").exists(), "a run keeps its own evaluation"
     # A GAN has no likelihood; the others have.
     assert [run["bits_per_dim"] is None for run in found["runs"]] == [False, True, False]
     assert found["verdict"]["headline"] and found["seconds"] is None
     for name in ("report.html", "report.md", "compare.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+def test_runs_of_the_same_name_are_told_apart():
+    assert doctest.testmod(entries) == (0, 1)
+    assert entries.folder_names([Path("/a/b/vae"), Path("/c/b/vae"), Path("/c/d/gan")]) == [
+        "a/b/vae",
+        "c/b/vae",
+        "c/d/gan",
+    ]
 
 
 def test_an_interrupted_comparison_saves_and_says_how_to_go_on(digits, tmp_path):

@@ -552,3 +552,20 @@ def test_a_containers_quota_of_time_counts_as_cores(tmp_path, monkeypatch, said,
     assert workers.cores() == most
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert workers.cores() == 8 and whole >= 1
+
+
+def test_what_finder_leaves_and_links_are_no_obstacle(tmp_path, monkeypatch):
+    """A folder that was looked into, "." and a link to a folder: what is in it is replaced, where it lies."""
+    folder = pictures(tmp_path / "x", 3)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / ".DS_Store").write_bytes(b"Bud1")
+    (tmp_path / "link").symlink_to("there")
+    for _ in range(2):
+        run(folder, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "images.npy").is_file()
+        (tmp_path / "there" / ".DS_Store").write_bytes(b"Bud1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there", "x"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(folder, Path())
+    assert (tmp_path / "here" / "images.npy").is_file()

@@ -70,6 +70,16 @@ def test_figures_say_what_they_are_and_repeat(run, capsys):
     again = figures(run)
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
 
+    # What is not measured now is kept, of the same pictures; of others it would be wrong.
+    for measure in ("copies", "quality"):
+        assert cli(["evaluate", str(run.path), "--spaces", "random", "--measure", measure, *SAMPLES]) == 0
+        kept = figures(run)
+        assert kept["figures"] == found["figures"] and kept["spaces"] == found["spaces"]
+        assert kept["memorization"]["copies"] == found["memorization"]["copies"]
+        assert len(list(pairs.glob("*.png"))) == 32
+    assert cli(["evaluate", str(run.path), "--measure", "copies", "--samples", "99", "--processes", "1"]) == 0
+    assert figures(run)["figures"] == [] and figures(run)["memorization"]
+
 
 def test_any_number_of_processes_draws_the_same(run):
     order = Order(str(run.path), "newest", Drawing(), 3, tuple(range(5, 135)), 64, "cpu")

@@ -13,6 +13,7 @@ import pytest
 
 from snowmelt import checkpoint
 from snowmelt.cli import run as cli
+from snowmelt.errors import UserError
 from snowmelt.run import Run
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -158,3 +159,19 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         assert ended == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+
+
+def test_what_to_do_about_damage_depends_on_where_it_is(tmp_path, finished):
+    """A newer checkpoint, or a snapshot, is no reason to go on from an earlier one."""
+    shutil.copytree(finished, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    before, newest = checkpoint.steps_saved(run.checkpoints)
+    for folder, step, said in (
+        (run.checkpoints, newest, f"to go on from step {before}, the one before"),
+        (run.checkpoints, before, "from which no training goes on"),
+        (run.snapshots, checkpoint.steps_saved(run.snapshots)[-1], "from which no training goes on"),
+    ):
+        path = checkpoint.path_of(folder, step)
+        (path / "average.safetensors").write_bytes(b"")
+        with pytest.raises(UserError, match=f"delete the folder {path}.* {said}|delete the folder {path}, {said}"):
+            checkpoint.load(path, "average")

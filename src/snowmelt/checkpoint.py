@@ -30,6 +30,9 @@ from snowmelt.files import sync_directory, write_synced
 KEEP = 2
 """How many checkpoints of a run are kept: the newest, and one to fall back on."""
 
+CHECKPOINTS = "checkpoints"
+"""The folder of those that training goes on from, in a run."""
+
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -150,10 +153,11 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path
 
 
 def _damaged(path: Path, file: str) -> UserError:
-    others = [step for step in steps_saved(path.parent) if path_of(path.parent, step) != path]
-    advice = (
-        f"delete the folder {path} to go on from step {others[-1]}, the one before"
-        if others
-        else "it is the only one, so train again, or copy the run back from a backup"
-    )
+    steps, step = steps_saved(path.parent), int(path.name)
+    if path.parent.name != CHECKPOINTS or step < steps[-1]:
+        advice = f"delete the folder {path}, from which no training goes on"
+    elif len(steps) > 1:
+        advice = f"delete the folder {path} to go on from step {steps[-2]}, the one before"
+    else:
+        advice = "it is the only one, so train again, or copy the run back from a backup"
     return UserError(f"The checkpoint {path} is damaged ({file} is missing, truncated or altered); {advice}.")

@@ -205,7 +205,7 @@ def _evaluate_options(options: CompareOptions) -> EvaluateOptions:
 def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log, *, timed: bool) -> dict[str, Any]:
     """What compare.json holds."""
     from snowmelt.comparing.budget import STATES, samples_over_time, samples_within
-    from snowmelt.comparing.entry import entry_of, seconds_over_time
+    from snowmelt.comparing.entry import entry_of, folder_names, seconds_over_time, sheets_of
     from snowmelt.comparing.verdict import verdict
     from snowmelt.evaluating.draw import seconds_per_picture
     from snowmelt.evaluating.quality import order_of, seconds_of_measuring
@@ -228,10 +228,13 @@ def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log
         ledger.samples = samples_within(options.seconds * AIM - ledger.total, cost, options.samples)
     evaluate = dataclasses.replace(evaluate, samples=ledger.samples or options.samples)
     entries: list[dict[str, Any]] = []
-    for number, run in enumerate(runs):
+    names = folder_names([run.path.resolve() for run in runs])
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         with ledger.phase("measuring"):
             kept = ledger.path.parent / "measured" / f"{number}-{run.config.model}.json"
-            entries.append(entry_of(run, evaluate, spaces, log, kept))
+            entry = entry_of(run, evaluate, spaces, log, kept)
+        sheet = (sheets_of(kept) / "samples.png").relative_to(ledger.path.parent)
+        entries.append(entry | {"name": name, "sheet": sheet.as_posix()})
     about = runs[0].config.data
     return {
         "snowmelt": __version__,
@@ -266,12 +269,8 @@ def _write(out: Path, found: dict[str, Any]) -> Path:
     """The report in all its forms; the page last."""
     from snowmelt.comparing.page import comparison_markdown, comparison_page, comparison_png
 
-    (out / "sheets").mkdir(exist_ok=True)
-    for number, entry in enumerate(found["runs"]):
-        path = Path(entry["path"])
-        entry["path"] = os.path.relpath(path, out.resolve())
-        entry["sheet"] = f"sheets/{number}-{entry['model']}.png"
-        write_atomic(out / entry["sheet"], (path / "evaluations" / "quality" / "samples.png").read_bytes())
+    for entry in found["runs"]:
+        entry["path"] = os.path.relpath(entry["path"], out.resolve())
     write_atomic(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False))
     write_atomic(out / "compare.png", comparison_png(out, found))
     write_atomic(out / "report.md", comparison_markdown(found))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from snowmelt.data.publish import publish
+from snowmelt.data.publish import contents, publish
 from snowmelt.errors import UserError, choose
 from snowmelt.terminal import console
 
@@ -109,7 +109,7 @@ def is_explanation(out: Path) -> bool:
     from snowmelt.pages.shell import is_made_by
 
     page = out / "index.html"
-    if not page.is_file() or any(path.name not in FILES for path in out.iterdir()):
+    if not page.is_file() or any(name not in FILES for name in contents(out)):
         return False
     return is_made_by(page, "explain")
 

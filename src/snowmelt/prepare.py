@@ -133,4 +133,6 @@ def _check_source(source: str) -> str:
 
 
 def _is_only_ours(out: Path) -> bool:
-    return is_prepared(out) and all(path.name in FILES for path in out.iterdir())
+    from snowmelt.data.publish import contents
+
+    return is_prepared(out) and all(name in FILES for name in contents(out))

@@ -61,7 +61,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / checkpoint.CHECKPOINTS
 
     @property
     def snapshots(self) -> Path:

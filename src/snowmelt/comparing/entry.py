@@ -28,19 +28,39 @@ BITS = {"pictures": 64, "terms": 50, "ode_steps": 0}
 
 
 def entry_of(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log, kept: Path) -> dict[str, Any]:
-    """Measure `run` and return its part of a compare.json; what was measured before in the same way is in `kept`."""
+    """Measure `run` and return its part of a compare.json; what was measured before in the same way is in `kept`, and
+    beside it, in a folder of that name, figures, sheet and pairs: the run keeps its own evaluation."""
     options = dataclasses.replace(options, run=run.path, spaces=tuple(space.name for space in spaces))
     key = _key(run, options, spaces)
     try:
         known = json.loads(kept.read_text(encoding="utf-8"))
-        if known["key"] == key:
+        if known["key"] == key and (sheets_of(kept) / "samples.png").is_file():
             return known["entry"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    entry = _measured(run, options, spaces, log)
     kept.parent.mkdir(exist_ok=True)
+    entry = _measured(run, options, spaces, log, sheets_of(kept))
     write_atomic(kept, json.dumps({"key": key, "entry": entry}))
     return entry
+
+
+def sheets_of(kept: Path) -> Path:
+    """The folder of what was drawn and measured for the entry in `kept`."""
+    return kept.with_suffix("")
+
+
+def folder_names(paths: list[Path]) -> list[str]:
+    """Names of folders that are not the same: their own or, where two are alike, with the folders above.
+
+    >>> folder_names([Path("/a/vae"), Path("/a/gan")]), folder_names([Path("/a/vae"), Path("/b/vae")])
+    (['vae', 'gan'], ['a/vae', 'b/vae'])
+    """
+    names = list[str]()
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _key(run: Run, options: EvaluateOptions, spaces: list[Space]) -> dict[str, Any]:
@@ -54,12 +74,12 @@ def _key(run: Run, options: EvaluateOptions, spaces: list[Space]) -> dict[str, A
     }
 
 
-def _measured(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log) -> dict[str, Any]:
+def _measured(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log, folder: Path) -> dict[str, Any]:
     missing: list[str] = []
-    quality = measure_quality(run, options, spaces, log)
+    quality = measure_quality(run, options, spaces, log, folder)
     lines, status = run.metrics(), run.status()
     return {
-        "name": run.path.name,
+        "name": run.path.resolve().name,
         "model": run.config.model,
         "path": str(run.path.resolve()),
         "command": _command(run),

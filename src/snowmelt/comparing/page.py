@@ -246,9 +246,9 @@ def _copies(folder: Path, comparison: Comparison) -> str:
 
 
 def _pairs(folder: Path, run: dict[str, Any], pairs: list[dict[str, Any]]) -> str:
-    """The pairs that lie in the run, where it still is."""
-    place = folder / str(run.get("path", "")) / "evaluations" / "quality" / "pairs"
-    if not pairs or not place.is_dir():
+    """The pairs that lie beside the sheet."""
+    sheet = _inside(folder, run.get("sheet"))
+    if not pairs or sheet is None or not (place := sheet.parent / "pairs").is_dir():
         return ""
     title = f"<h3>{plain(name_of(run))}: drawn pictures, and the training pictures nearest to them</h3>"
     return f'{title}<div class="wide">{pairs_of(pairs, place, PAIRS)}</div>'

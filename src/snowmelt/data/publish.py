@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from snowmelt.data.source import LITTER
 from snowmelt.errors import UserError
 from snowmelt.files import make_folder
 
@@ -25,6 +26,8 @@ def publish(out: Path, is_ours: Callable[[Path], bool]) -> Generator[Path]:
     attempts that were killed are removed first.
     """
     _refuse_foreign(out, is_ours)
+    # Where a link leads, and not the link, is replaced; and "." has no name to write beside.
+    out = out.resolve()
     with make_folder(out.parent):
         _clear_leftovers(out)
         folder = out.with_name(f".{out.name}.preparing-{os.getpid()}")
@@ -51,8 +54,13 @@ def _refuse_foreign(out: Path, is_ours: Callable[[Path], bool]) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another place with --out.")
-    if any(out.iterdir()) and not is_ours(out):
+    if contents(out) and not is_ours(out):
         raise UserError(f"{out} holds files that are not a prepared dataset's; choose another place with --out.")
+
+
+def contents(folder: Path) -> list[str]:
+    """The names in a folder but for what operating systems leave there."""
+    return [path.name for path in folder.iterdir() if path.name.lower() not in LITTER]
 
 
 def _clear_leftovers(out: Path) -> None:

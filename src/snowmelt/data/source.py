@@ -28,7 +28,8 @@ BUILTIN = "builtin:"
 """Begins the name of a dataset that needs no files."""
 ENDINGS = (".gz", ".bz2", ".xz", ".tgz", ".zip", ".tar")
 MAX_FILE_BYTES = 256 * 1024 * 1024
-LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
+LITTER = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r"}
+"""What operating systems leave in folders."""
 
 
 def is_builtin(source: str) -> bool:

@@ -31,6 +31,10 @@ COPIED = 1 << 30
 """Bytes of training pictures that are copied into memory of the process, at most."""
 
 
+PIECE = 64 << 20
+"""Bytes of pictures that are sent to a device at once, where all are to stay there."""
+
+
 class Batch(NamedTuple):
     """What a learner is given at every step."""
 
@@ -63,11 +67,11 @@ class Stream:
         self.size, self.seed, self.flip, self.device = batch, seed, flip, device
         # In memory once, as bytes: 60,000 small pictures are 50 MB. What is larger is read from its file, of which the
         # system keeps as much in memory as there is room for.
-        copied = resident or len(data.train) * data.images[0].nbytes <= COPIED
+        copied = not resident and len(data.train) * data.images[0].nbytes <= COPIED
         self.pixels = np.ascontiguousarray(data.images[data.train]) if copied else data.images
         self.rows = np.arange(len(data.train)) if copied else data.train
         self.labels = None if data.labels is None else data.labels[data.train]
-        self.there = self._all_over(self.pixels, self.labels) if resident else None
+        self.there = self._resident() if resident else None
         self.pool = ThreadPoolExecutor(workers, "stream") if workers and not resident else None
         self.ahead: deque[tuple[int, Future[Rows]]] = deque()
         self.depth = 2 * workers
@@ -106,6 +110,15 @@ class Stream:
 
     def _all_over(self, pixels: np.ndarray, labels: np.ndarray | None) -> RowsThere:
         return self._over(torch.from_numpy(pixels)), None if labels is None else self._over(torch.from_numpy(labels))
+
+    def _resident(self) -> RowsThere:
+        """All training pictures on the device, sent in pieces: at once they would be in memory twice more meanwhile."""
+        shape, each = self.pixels.shape[1:], max(1, PIECE // self.pixels[0].nbytes)
+        there = torch.empty((len(self.rows), *shape), dtype=torch.uint8, device=self.device)
+        for first in range(0, len(self.rows), each):
+            some = self.rows[first : first + each]
+            there[first : first + len(some)] = torch.from_numpy(self.pixels[some]).to(self.device)
+        return there, None if self.labels is None else self._over(torch.from_numpy(self.labels))
 
     def _index_there(self, step: int) -> Tensor:
         """Which pictures `step` takes, on the device: a few pieces of the orders of its epochs."""

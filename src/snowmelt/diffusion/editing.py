@@ -92,7 +92,7 @@ def inversion(
         rounds: evaluations at each level, at most.
         tolerance: root mean square by which the step may miss the cleaner image.
     """
-    cleanest, *falling = log_snrs.to("cpu", torch.float64).flip(0)
+    cleanest, *falling = log_snrs.cpu().double().flip(0)
     alpha, _ = alpha_sigma(cleanest, image)
     settle = partial(_settled, denoise, rounds=rounds)
     yield (step := settle(alpha * image, cleanest, lambda x, x0: x + alpha * (image - x0), tolerance=tolerance))
@@ -155,15 +155,15 @@ def anderson(asked: list[Images], changes: list[Images], memory: int = 6) -> Ima
     where, change = asked[-1], changes[-1]
     if len(asked) == 1:
         return where + change
-    # In double precision, which not every device has.
+    # In double precision, which not every device has: first to the processor, then to doubles.
     steps, bends = (
-        torch.stack([of[-1] - other for other in of[-memory:-1]], 1).flatten(2).to("cpu", torch.float64)
+        torch.stack([of[-1] - other for other in of[-memory:-1]], 1).flatten(2).cpu().double()
         for of in (asked, changes)
     )
     gram = bends @ bends.mT
     ridge = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30).reshape(-1, 1, 1)
     shares = torch.linalg.solve(
-        gram + ridge * torch.eye(gram.shape[1]).to(gram), bends @ change.flatten(1)[..., None].to(bends)
+        gram + ridge * torch.eye(gram.shape[1]).to(gram), bends @ change.flatten(1)[..., None].cpu().double()
     )
     return where + change - ((steps + bends).mT @ shares).reshape(where.shape).to(where)
 

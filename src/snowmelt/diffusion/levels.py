@@ -75,7 +75,7 @@ def free_places(count: int, rng: torch.Generator) -> Levels:
 def _normal_quantile(place: Levels) -> Levels:
     """Of the standard normal distribution; within +-5, where float32 still tells quantiles apart."""
     # On the CPU, since not every device has doubles.
-    inside = place.to("cpu", torch.float64).clamp(3e-7, 1 - 3e-7)
+    inside = place.cpu().double().clamp(3e-7, 1 - 3e-7)
     return (math.sqrt(2) * torch.erfinv(2 * inside - 1)).to(place)
 
 
@@ -139,7 +139,7 @@ class Importance(Scheduled):
         """See `TrainingLevels`: stratified along the distribution of the slices."""
         shares = self.shares()
         ends = shares.cumsum(0)
-        quantile = stratified_places(count, rng).to("cpu", torch.float64)
+        quantile = stratified_places(count, rng).cpu().double()
         inside = torch.searchsorted(ends, quantile.clamp(max=float(ends[-1]) - 1e-12), right=True).clamp(max=SLICES - 1)
         part = (quantile - (ends - shares)[inside]) / shares[inside]
         place = ((inside + part.clamp(0, 1 - 1e-6)) / SLICES).to(rng.device, torch.float32)
@@ -149,7 +149,7 @@ class Importance(Scheduled):
     def observe(self, drawn: Drawn, losses: Tensor) -> None:
         """Remember the squares of `losses`, slice by slice, in order."""
         inside = (drawn.place * SLICES).long().clamp(max=SLICES - 1).cpu()
-        for index, square in zip(inside.tolist(), losses.detach().to("cpu", torch.float64).square(), strict=True):
+        for index, square in zip(inside.tolist(), losses.detach().cpu().double().square(), strict=True):
             old = self.squares[index]
             self.squares[index] = square if old == 0 else MEMORY * old + (1 - MEMORY) * square
 

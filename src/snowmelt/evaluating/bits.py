@@ -25,7 +25,7 @@ from snowmelt.diffusion.variance import VARIANCES
 from snowmelt.errors import UserError, choose
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.drawing import make_ready
-from snowmelt.evaluation.levels import batch_of
+from snowmelt.evaluation.levels import Errors, batch_of, joined
 from snowmelt.models import MODELS
 from snowmelt.models.base import Drawing, Model
 from snowmelt.models.diffusion import DiffusionModel
@@ -92,20 +92,23 @@ def check_bits(run: Run, options: EvaluateOptions) -> None:
     choose(dict.fromkeys((*VARIANCES, "analytic", "learned")), options.variance, "variance")
     if options.variance == "learned" and run.config.diffusion.variance != "learned":
         raise UserError(f"{run.path} was not taught a variance; use --variance posterior or forward.")
-    if pick_device(options.device).type == "mps":
-        raise UserError("Likelihoods need double precision, which this device lacks; use --device cpu.")
     family = MODELS[run.config.model].model
     if not issubclass(family, DiffusionModel) and family.bits is Model.bits:
         raise NoLikelihood(
             f"A model such as {run.path} ({run.config.model}) has no likelihood; leave bits out of --measure."
         )
+    if pick_device(options.device).type == "mps":
+        raise UserError("Likelihoods need double precision, which this device lacks; use --device cpu.")
     _held_out(run, options)
 
 
 def _of(model: Model, held: Held, options: EvaluateOptions) -> dict[str, Tensor]:
-    """What a family says of its own bits."""
-    rng = generator(options.seed, "bits", device=held.images.device)
-    return {name: values.cpu() for name, values in model.bits(Batch(held.images, held.labels), rng).items()}
+    """What a family says of its own bits, some pictures at a time."""
+    rng, parts = generator(options.seed, "bits", device=held.images.device), list[Errors]()
+    for start in range(0, len(held.images), options.batch):
+        some = slice(start, start + options.batch)
+        parts.append(model.bits(Batch(held.images[some], None if held.labels is None else held.labels[some]), rng))
+    return joined(parts)
 
 
 def _ends(model: DiffusionModel, options: EvaluateOptions) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
@@ -176,7 +176,8 @@ def _spread(run: Run, order: Order, count: int, advance: Callable[[int], None]) 
                 pool.submit(_receive, taken, pixels, place, count, order.batch, advance, errors)
                 for place, (_, taken) in enumerate(pipes)
             ]
-            for wait in waits:
+            # One that is dead is noticed at once, and not when those before it have drawn everything.
+            for wait in as_completed(waits):
                 wait.result()
         except BaseException:
             for worker in workers:

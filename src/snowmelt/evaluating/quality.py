@@ -85,13 +85,19 @@ def spaces_of(data: Prepared, options: EvaluateOptions, log: Log) -> list[Space]
     return open_spaces(data, tuple(names), inception=options.inception, dinov2=options.dinov2, device=device, log=log)
 
 
-def measure_quality(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log) -> dict[str, Any]:
-    """Draw, measure in `spaces`, and write evaluations/quality as a whole; what its figures.json holds.
+def measure_quality(
+    run: Run, options: EvaluateOptions, spaces: list[Space], log: Log, folder: Path | None = None
+) -> dict[str, Any]:
+    """Draw, measure in `spaces`, and write a folder as a whole, evaluations/quality where no other is named; what its
+    figures.json holds. Of the same pictures it keeps what is not measured now.
 
     Raises:
         UserError: for what cannot be measured, before anything is drawn.
     """
-    data, order, checkpoint = run.open_pictures(), order_of(run, options), run.state_of(options.state)
+    data, checkpoint = run.open_pictures(), run.state_of(options.state)
+    # One state for all that follows, also where the training goes on meanwhile.
+    options, weights = dataclasses.replace(options, state=str(int(checkpoint.name))), digest_of(checkpoint)
+    order = order_of(run, options)
     announce(run, order, spaces, options, log)
     drawn = draw(order, options.processes)
     begin = time.monotonic()
@@ -113,7 +119,7 @@ def measure_quality(run: Run, options: EvaluateOptions, spaces: list[Space], log
         "snowmelt": __version__,
         "run": str(run.path),
         "checkpoint": checkpoint.name,
-        "weights": read_state(checkpoint)["sha256"]["average"],
+        "weights": weights,
         "samples": len(drawn.pixels),
         "real": len(rows),
         "reference": reference,
@@ -138,8 +144,33 @@ def measure_quality(run: Run, options: EvaluateOptions, spaces: list[Space], log
         },
         "not_measured": missing,
     }
-    _write(run.folder("evaluations") / FOLDER, found, drawn, data)
+    folder = folder or run.folder("evaluations") / FOLDER
+    found = _with_kept(found, folder, tuple(options.measure))
+    _write(folder, found, drawn, data)
     return found
+
+
+SAME = ("weights", "samples", "real", "reference", "seed", "drawing")
+"""What says, in a figures.json, which pictures were measured, and beside which."""
+
+
+def _with_kept(found: dict[str, Any], folder: Path, measured: tuple[str, ...]) -> dict[str, Any]:
+    """`found`, with what an earlier measurement of the same pictures says of that which is not `measured` now."""
+    try:
+        before = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        if any(before[name] != found[name] for name in SAME):
+            return found
+        names = () if "quality" in measured else ("figures", "classes", "spaces")
+        names += () if "copies" in measured else ("memorization",)
+        reasons = dict.fromkeys([*found["not_measured"], *before["not_measured"]])
+        return found | {name: before[name] for name in names} | ({"not_measured": [*reasons]} if names else {})
+    except (OSError, ValueError, KeyError, TypeError):
+        return found
+
+
+def digest_of(checkpoint: Path) -> str:
+    """Which average weights those of a checkpoint are."""
+    return str(read_state(checkpoint)["sha256"]["average"])
 
 
 def check_run(run: Run, options: EvaluateOptions) -> None:
