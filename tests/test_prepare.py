@@ -12,6 +12,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -569,3 +570,15 @@ def test_what_finder_leaves_and_links_are_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     run(folder, Path())
     assert (tmp_path / "here" / "images.npy").is_file()
+
+
+def test_what_lies_beside_pictures_needs_no_room(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "x", 3)
+    for number in range(50):
+        (folder / f"{number}.TXT").write_text("a picture")
+    # Of 8 x 8 pixels each, in colour and in grey.
+    monkeypatch.setattr(assemble.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 8 * 8 * 4))
+    assert len(run(folder, tmp_path / "out").images) == 3
+    pictures(folder, 1, first=3)
+    with pytest.raises(UserError, match="only 0 MB are free"):
+        run(folder, tmp_path / "other")

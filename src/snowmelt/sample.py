@@ -133,17 +133,20 @@ def sample(options: SampleOptions) -> list[Path]:
     facts = _facts(run, checkpoint, options, {} if model.at_once else drawing.as_dict())
     batch = options.batch or drawn_at_once(run.config)
     files: list[Path] = []
-    sheets: list[list[Images]] = []
+    # Of the strip no more than it shows, of the grid the pictures alone: of thousands, all moments are gigabytes.
+    rows, finals = list[list[Images]](), list[Images]()
     with make_folder(Path(options.out or run.path / "samples")) as out:
         for group, moments in _drawn(run, model, wanted, drawing, batch, strip=options.strip):
             files += _write(out, group, moments[-1], facts)
-            if options.grid or options.strip:
-                sheets.append(moments)
-        columns = [torch.cat(parts) for parts in zip(*sheets, strict=True)]
+            if options.grid:
+                finals.append(moments[-1].cpu())
+            if options.strip and sum(len(moments[-1]) for moments in rows) < ROWS:
+                rows.append([moment[:ROWS].cpu() for moment in moments])
         if options.grid:
-            files.append(save_png(out / "grid.png", sheet(columns[-1], _columns(wanted), smallest=64)))
+            files.append(save_png(out / "grid.png", sheet(torch.cat(finals), _columns(wanted), smallest=64)))
         if options.strip:
-            files.append(save_png(out / "strip.png", strip([column[:ROWS] for column in columns], smallest=64)))
+            columns = [torch.cat(parts)[:ROWS] for parts in zip(*rows, strict=True)]
+            files.append(save_png(out / "strip.png", strip(columns, smallest=64)))
     console().print(f"Wrote {len(wanted)} pictures to {out}", markup=False)
     return files
 
@@ -233,7 +236,8 @@ def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str
         "run": str(run.path),
         "checkpoint": checkpoint.name,
         "weights": read_state(checkpoint)["sha256"]["average"],
-        "state": options.state,
+        # The newest is another one, once the training has gone on.
+        "state": str(int(checkpoint.name)) if options.state == "newest" else options.state,
         "drawing": drawing,
         "precision": options.precision,
         "classes": run.config.data.classes,

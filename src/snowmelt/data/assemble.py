@@ -120,7 +120,7 @@ def _gather_files(folder: Path, plan: Plan, listing: Listing, console: Console) 
     fates = [Fate(name, "skipped", (reason,)) for name, reason in listing.skipped]
     with decoding_pool(listing, plan.workers) as pool:
         size, reason = _choose_size(plan, pool, entries, console)
-        _check_room(folder, len(entries), size)
+        _check_room(folder, sum(not entry.name.lower().endswith(BESIDE) for entry in entries), size)
         recipe = Recipe(size, plan.background, plan.fit)
         outcomes = _tracked(pool.outcomes(recipe, entries), len(entries), "decoding", console)
         names = [entry.name for entry in entries]
@@ -154,6 +154,10 @@ def _choose_size(plan: Plan, pool: Pool, entries: Sequence[Entry], console: Cons
     median = sides[len(sides) // 2]
     size = max((size for size in SIZES if size <= median), default=SIZES[0])
     return size, f"size {size} x {size}: the middle image's shorter side has {median} pixels (another: --size)"
+
+
+BESIDE = (".txt", ".json", ".csv", ".xml", ".html", ".md")
+"""Endings of what often lies beside pictures and needs no room; whether a file is a picture its content decides."""
 
 
 def _check_room(folder: Path, count: int, size: int) -> None:
