@@ -153,8 +153,8 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path
 
 
 def _damaged(path: Path, file: str) -> UserError:
-    steps, step = steps_saved(path.parent), int(path.name)
-    if path.parent.name != CHECKPOINTS or step < steps[-1]:
+    steps = steps_saved(path.parent)
+    if path.parent.name != CHECKPOINTS or (steps and path.name != path_of(path.parent, steps[-1]).name):
         advice = f"delete the folder {path}, from which no training goes on"
     elif len(steps) > 1:
         advice = f"delete the folder {path} to go on from step {steps[-2]}, the one before"

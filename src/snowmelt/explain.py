@@ -122,7 +122,7 @@ def _check(options: ExplainOptions, out: Path) -> None:
         raise UserError(f"--size is {options.size}; give a number from {SMALLEST} to {LARGEST}.")
     if options.class_name is not None and options.run is None:
         raise UserError("--class is told to a network, and there is none; name a run with --run, too.")
-    if out.is_dir() and any(out.iterdir()) and not is_explanation(out):
+    if out.is_dir() and contents(out) and not is_explanation(out):
         raise UserError(f"{out} holds files that are not an explanation's; choose another place with --out.")
 
 

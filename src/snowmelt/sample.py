@@ -134,7 +134,8 @@ def sample(options: SampleOptions) -> list[Path]:
     batch = options.batch or drawn_at_once(run.config)
     files: list[Path] = []
     # Of the strip no more than it shows, of the grid the pictures alone: of thousands, all moments are gigabytes.
-    rows, finals = list[list[Images]](), list[Images]()
+    rows: list[list[Images]] = []
+    finals: list[Images] = []
     with make_folder(Path(options.out or run.path / "samples")) as out:
         for group, moments in _drawn(run, model, wanted, drawing, batch, strip=options.strip):
             files += _write(out, group, moments[-1], facts)

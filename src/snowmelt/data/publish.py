@@ -26,7 +26,7 @@ def publish(out: Path, is_ours: Callable[[Path], bool]) -> Generator[Path]:
     attempts that were killed are removed first.
     """
     _refuse_foreign(out, is_ours)
-    # Where a link leads, and not the link, is replaced; and "." has no name to write beside.
+    # Where a link leads, and not the link, is replaced.
     out = out.resolve()
     with make_folder(out.parent):
         _clear_leftovers(out)
@@ -52,6 +52,8 @@ def _refuse_foreign(out: Path, is_ours: Callable[[Path], bool]) -> None:
         raise UserError(f"{out} is a link that leads nowhere; remove it or choose another place with --out.")
     if not out.exists():
         return
+    if out.resolve() == Path.cwd():
+        raise UserError(f"{out} is the folder you are in, which cannot be replaced; choose another place with --out.")
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another place with --out.")
     if contents(out) and not is_ours(out):

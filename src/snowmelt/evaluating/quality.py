@@ -162,7 +162,8 @@ def _with_kept(found: dict[str, Any], folder: Path, measured: tuple[str, ...]) -
             return found
         names = () if "quality" in measured else ("figures", "classes", "spaces")
         names += () if "copies" in measured else ("memorization",)
-        reasons = dict.fromkeys([*found["not_measured"], *before["not_measured"]])
+        kept = [reason for reason in before["not_measured"] if reason.startswith("Classes: ") == ("classes" in names)]
+        reasons = dict.fromkeys([*found["not_measured"], *kept])
         return found | {name: before[name] for name in names} | ({"not_measured": [*reasons]} if names else {})
     except (OSError, ValueError, KeyError, TypeError):
         return found

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first asks the run to save and leave, a later one ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to save and leave, a later one ends it at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from types import FrameType
 
 from snowmelt.errors import Stopped
 
-CAUGHT = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What asks a run to stop: also a terminal that is closed, but for where that is ignored, as under `nohup`."""
-_HANGUP = getattr(signal, "SIGHUP", None)
+CAUGHT = (signal.SIGINT, signal.SIGTERM)
 APART = 1.0
 """Seconds between two signals that are two: launchers hand one on that has come from the terminal, or send it to a
 process and to its group."""
@@ -63,8 +61,6 @@ def catch_signals() -> Generator[Stop]:
         yield stop
         return
     before = {number: signal.getsignal(number) for number in CAUGHT}
-    if before.get(_HANGUP) == signal.SIG_IGN:
-        del before[_HANGUP]
     came = 0.0
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -75,7 +71,7 @@ def catch_signals() -> Generator[Stop]:
             signal.raise_signal(number)
         came, stop.signal = (came, stop.signal) if stop.requested else (now, number)
 
-    for number in before:
+    for number in CAUGHT:
         signal.signal(number, note)
     try:
         yield stop
