@@ -121,6 +121,15 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def digest_of(path: Path) -> str:
+    """What tells the average weights of a checkpoint from all others.
+
+    Raises:
+        UserError: see `read_state`.
+    """
+    return str(read_state(path)["sha256"]["average"])
+
+
 def load(path: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint, checked against its hash.
 
@@ -154,7 +163,7 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path
 
 def _damaged(path: Path, file: str) -> UserError:
     steps = steps_saved(path.parent)
-    if path.parent.name != CHECKPOINTS or (steps and path.name != path_of(path.parent, steps[-1]).name):
+    if path.parent.name != CHECKPOINTS or (steps and path != path_of(path.parent, steps[-1])):
         advice = f"delete the folder {path}, from which no training goes on"
     elif len(steps) > 1:
         advice = f"delete the folder {path} to go on from step {steps[-2]}, the one before"

@@ -230,13 +230,13 @@ def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]
 
 def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str, Any]) -> dict[str, Any]:
     """What determines a picture, beside its seed, number and class."""
-    from snowmelt.checkpoint import read_state
+    from snowmelt.checkpoint import digest_of
 
     return {
         "snowmelt": __version__,
         "run": str(run.path),
         "checkpoint": checkpoint.name,
-        "weights": read_state(checkpoint)["sha256"]["average"],
+        "weights": digest_of(checkpoint),
         # The newest is another one, once the training has gone on.
         "state": str(int(checkpoint.name)) if options.state == "newest" else options.state,
         "drawing": drawing,

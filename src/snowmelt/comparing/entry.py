@@ -69,7 +69,7 @@ def _key(run: Run, options: EvaluateOptions, spaces: list[Space]) -> dict[str, A
     return {
         **asked,
         "version": __version__,
-        "weights": checkpoint.read_state(run.state_of("newest"))["sha256"]["average"],
+        "weights": checkpoint.digest_of(run.state_of("newest")),
         "spaces": {space.name: space.identity for space in spaces},
     }
 
@@ -79,7 +79,6 @@ def _measured(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log,
     quality = measure_quality(run, options, spaces, log, folder)
     lines, status = run.metrics(), run.status()
     return {
-        "name": run.path.resolve().name,
         "model": run.config.model,
         "path": str(run.path.resolve()),
         "command": _command(run),

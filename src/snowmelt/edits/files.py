@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from snowmelt import __version__
-from snowmelt.checkpoint import read_state
+from snowmelt.checkpoint import digest_of
 from snowmelt.data.pixels import to_pixels
 from snowmelt.edits.canvas import Result
 from snowmelt.edits.options import EditOptions, is_positional, pictures_named
@@ -56,7 +56,7 @@ def note_of(kind: str, options: EditOptions, checkpoint: Path) -> dict[str, Any]
             if name not in ("out", "device")
         },
         "checkpoint": checkpoint.name,
-        "weights": read_state(checkpoint)["sha256"]["average"],
+        "weights": digest_of(checkpoint),
         "sha256": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "command": command_of(kind, options),
     }

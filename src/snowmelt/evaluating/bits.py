@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from snowmelt import __version__
-from snowmelt.checkpoint import read_state
+from snowmelt.checkpoint import digest_of
 from snowmelt.data.prepared import spread_rows
 from snowmelt.data.stream import Batch
 from snowmelt.device import make_precision, pick_device
@@ -202,7 +202,7 @@ def _facts(run: Run, checkpoint: Path, options: EvaluateOptions) -> dict[str, An
         "snowmelt": __version__,
         "run": str(run.path),
         "checkpoint": checkpoint.name,
-        "weights": read_state(checkpoint)["sha256"]["average"],
+        "weights": digest_of(checkpoint),
         "options": {name: getattr(options, name) for name in (*names, "seed")},
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from snowmelt import __version__
-from snowmelt.checkpoint import read_state
+from snowmelt.checkpoint import digest_of
 from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.data.publish import publish
 from snowmelt.device import make_precision, pick_device
@@ -167,11 +167,6 @@ def _with_kept(found: dict[str, Any], folder: Path, measured: tuple[str, ...]) -
         return found | {name: before[name] for name in names} | ({"not_measured": [*reasons]} if names else {})
     except (OSError, ValueError, KeyError, TypeError):
         return found
-
-
-def digest_of(checkpoint: Path) -> str:
-    """Which average weights those of a checkpoint are."""
-    return str(read_state(checkpoint)["sha256"]["average"])
 
 
 def check_run(run: Run, options: EvaluateOptions) -> None:

@@ -119,7 +119,7 @@ def measured_variance(run: Run, state: Path, model: DiffusionModel) -> Variance:
     Raises:
         UserError: the prepared pictures are gone.
     """
-    path, weights = run.folder("evaluations") / "variance.json", _weights(state)
+    path, weights = run.folder("evaluations") / "variance.json", checkpoint.digest_of(state)
     levels, powers = _kept(path, weights) or ([], [])
     if not levels:
         grid = log_snr_grid(model.schedule, MEASURED_LEVELS)
@@ -187,7 +187,7 @@ def keep_tuned(run: Run, state: Path, found: dict[int, Drawing]) -> Path:
     """Keep in the run how so few steps draw best with the weights of `state`, in the place of what was kept before."""
     path = run.folder("evaluations") / TUNED
     steps = {str(count): one.as_dict() for count, one in found.items()}
-    write_atomic(path, json.dumps({"weights": _weights(state), "steps": steps}, indent=1))
+    write_atomic(path, json.dumps({"weights": checkpoint.digest_of(state), "steps": steps}, indent=1))
     return path
 
 
@@ -213,15 +213,10 @@ def _tuned(run: Run, state: Path, steps: int) -> Drawing | None:
         mean_first = chosen.get("mean_first", False) is True
         found = Drawing(sampler=chosen["sampler"], eta=chosen.get("eta"), levels=levels, mean_first=mean_first)
         check_drawing(found, classes=False)
-        if known["weights"] != _weights(state) or found.answers != steps:
+        if known["weights"] != checkpoint.digest_of(state) or found.answers != steps:
             return None
         if mean_first:
             mean_images(run)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError):
         return None
     return found
-
-
-def _weights(state: Path) -> str:
-    """The digest of the average weights of a state."""
-    return str(checkpoint.read_state(state)["sha256"]["average"])

@@ -65,11 +65,11 @@ def catch_signals() -> Generator[Stop]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         nonlocal came
-        now = time.monotonic()
-        if stop.requested and now - came >= APART:
+        if not stop.requested:
+            came, stop.signal = time.monotonic(), number
+        elif time.monotonic() - came >= APART:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        came, stop.signal = (came, stop.signal) if stop.requested else (now, number)
 
     for number in CAUGHT:
         signal.signal(number, note)
