@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from snowmelt.config import UNetConfig
+from snowmelt.config import DataConfig, UNetConfig
+from snowmelt.device import Precision
+from snowmelt.models import MODELS, build_model
 from snowmelt.networks import convolution, group_norm, kernels
 from snowmelt.networks.group_norm import channels_last_pays
 from snowmelt.networks.unet import UNet
+from snowmelt.presets import preset
 
 CPU = torch.device("cpu")
 
@@ -116,3 +119,10 @@ def test_two_threads_compile_once(fresh):
     if found[0] is None:
         pytest.skip("there is no C compiler here that makes convolution.c")
     assert found[0] is found[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_family_says_whether_kernels_compute_its_layers(name):
+    model = build_model(preset(DataConfig(16, 3), name), Precision(torch.device("cpu")))
+    ours = any(isinstance(layer, convolution.Convolution | group_norm.GroupNorm) for layer in model.modules())
+    assert MODELS[name].kernels == ours

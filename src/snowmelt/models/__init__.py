@@ -26,8 +26,7 @@ from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel, schedule
 from snowmelt.models.gan import GANLearner, GANModel
 from snowmelt.models.optimizer import OPTIMIZERS
 from snowmelt.models.vae import VAELearner, VAEModel
-from snowmelt.networks.convolution import Convolution
-from snowmelt.networks.group_norm import FLAGS, GroupNorm
+from snowmelt.networks.group_norm import FLAGS
 from snowmelt.networks.kernels import begin
 from snowmelt.seeds import seeded
 
@@ -38,6 +37,8 @@ class Family:
 
     model: type[DiffusionModel] | type[VAEModel] | type[GANModel]
     learner: Callable[[Any], Learner]
+    kernels: bool = True
+    """Whether its networks have layers that kernels of ours compute (`networks.convolution`, `networks.group_norm`)."""
 
     @property
     def at_once(self) -> bool:
@@ -48,17 +49,17 @@ class Family:
 MODELS: dict[str, Family] = {
     "diffusion": Family(DiffusionModel, DiffusionLearner),
     "vae": Family(VAEModel, VAELearner),
-    "gan": Family(GANModel, GANLearner),
+    "gan": Family(GANModel, GANLearner, kernels=False),
 }
 
 
 def build_model(config: Config, precision: Precision) -> Model:
     """The model of a configuration, its first weights drawn from the run's seed, on the device of `precision`."""
+    family = choose(MODELS, config.model, "model")
     with seeded(config.training.seed, "weights"):
-        model = choose(MODELS, config.model, "model").model(config, precision)
+        model = family.model(config, precision)
     model = model.to(precision.device)
-    has_kernels = precision.device.type == "cpu" and precision.layout == "channels_last"
-    if has_kernels and any(isinstance(layer, Convolution | GroupNorm) for layer in model.modules()):
+    if family.kernels and precision.device.type == "cpu" and precision.layout == "channels_last":
         # All that it will need at once, and not each when it is first needed.
         begin(FLAGS[precision.dtype])
     return model.to(memory_format=LAYOUTS[precision.layout])  # pyright: ignore  (torch leaves it out of its types)

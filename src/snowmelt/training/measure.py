@@ -24,7 +24,7 @@ from snowmelt.device import (
     use_tensor_cores,
 )
 from snowmelt.evaluation.levels import batch_of
-from snowmelt.models import build_learner
+from snowmelt.models import MODELS, build_learner
 from snowmelt.models.base import Learner
 from snowmelt.networks.group_norm import channels_last_pays
 from snowmelt.presets import threads_for
@@ -117,9 +117,9 @@ def measure(
     pays = "layout" not in given and channels_last_pays(device)
 
     def plain(name: str) -> Precision:
-        """What is tried first. A GAN has none of the layers whose kernels are compiled, and without them channels_last
-        is faster in float32 only (docs/recipe.md)."""
-        lies = pays and (config.model != "gan" or name == "fp32")
+        """What is tried first. Without layers whose kernels are compiled channels_last is faster in float32 only
+        (docs/recipe.md)."""
+        lies = pays and (MODELS[config.model].kernels or name == "fp32")
         return dataclasses.replace(start, name=name, layout="channels_last" if lies else start.layout)
 
     def step(precision: Precision) -> None:
