@@ -129,8 +129,7 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
         training=TrainingConfig(steps=100_000, batch=batch),
     )
     cpu = torch.device("cpu")
-    threads = torch.get_num_threads()
-    config = measured(config, data, cpu, asked="auto", threads=threads).settled(config)
+    config = measured(config, data, cpu, asked="auto").settled(config)
     learner = build_learner(config, precision_of(config.training, cpu))
     average = Average(learner.averaged, config.training.average)
     stream = Stream(data, batch=batch, seed=0, flip=False, workers=0, device=cpu)
@@ -187,11 +186,6 @@ def work(name: str, network: str, options: Options) -> None:
     """The process of a contestant: a line when it is ready, then a line for every turn."""
     import resource
 
-    import torch
-
-    from snowmelt.data.workers import cores
-
-    torch.set_num_threads(cores())
     facts: dict[str, Any] = {}
     if name in CEILINGS:
         step, facts["operations"] = ceiling(bf16=name == "bf16")

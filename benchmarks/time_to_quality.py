@@ -96,9 +96,7 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     from rivals import denoising_diffusion_pytorch, denoising_diffusion_pytorch_tuned, diffusers, diffusers_tuned
     from snowmelt.data.pixels import to_images
     from snowmelt.data.prepared import open_prepared
-    from snowmelt.data.workers import cores
 
-    torch.set_num_threads(cores())
     prepared = open_prepared(data)
     pictures = to_images(torch.from_numpy(np.ascontiguousarray(prepared.images[prepared.train])))
     channels, size = pictures.shape[1], pictures.shape[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from torch import nn
 from conftest import stirred
 from snowmelt import device
 from snowmelt.config import Config, DataConfig, TrainingConfig, UNetConfig
+from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch
 from snowmelt.device import LEAST_COMPILED, Precision, changes_for, faster_precision, improved
 from snowmelt.models import build_learner
@@ -26,6 +29,61 @@ from snowmelt.recording import Replayed, forget_tried, speed_up
 from snowmelt.seeds import generator
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "size", "first", "most"),
+    [(None, 32, 2, 4), (None, 8, 1, 1), ("1", 32, 1, 1), ("64", 32, 4, 4), ("3", 8, 1, 1)],
+)
+def test_threads_are_one_for_each_core_and_no_more_than_were_asked_for(monkeypatch, asked, size, first, most):
+    """Two cores with room for four threads: what torch takes at first is what OMP_NUM_THREADS says, else two."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(device, "AT_FIRST", int(asked or 2))
+    monkeypatch.setattr(device, "cores", lambda: 4)
+    assert (device.threads_for(size), device.most_threads(size)) == (first, most)
+
+
+def test_torch_takes_as_many_threads_as_it_is_told():
+    """What `AT_FIRST` relies on, and that it is taken before anything else says how many."""
+    code = "import snowmelt.device, torch; torch.set_num_threads(2); print(snowmelt.device.AT_FIRST)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "1", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ratio", "given", "threads"), [(1.2, (), 4), (1.02, (), 2), (0.5, (), 2), (1.2, ("threads",), 3)]
+)
+def test_more_threads_are_taken_where_they_are_faster(monkeypatch, ratio, given, threads):
+    """By a clock that goes by how many compute, in a run by time that has time to try."""
+    from snowmelt.training import measure
+
+    now, counts = [0.0], [2]
+
+    class Learns:
+        def update(self, *_given):
+            now[0] += 0.1 / (ratio if counts[-1] == 4 else 1.0)
+
+    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(measure, "threads_for", lambda _size: 2)
+    monkeypatch.setattr(measure, "most_threads", lambda _size: 4)
+    monkeypatch.setattr(measure, "learner_of", lambda *_given: Learns())
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    training = TrainingConfig(seconds=600.0, batch=2, threads=3 if given else 1)
+    config = Config(DataConfig(8, 1), network=UNetConfig(channels=(32, 64), attention=(False, True)), training=training)
+    rows = np.arange(4)
+    pixels = np.zeros((4, 8, 8, 1), np.uint8)
+    data = Prepared(Path(), pixels, None, (), None, rows, rows[:0], 0.0, 0.5, "threads")
+    found = measure.measure(config, data, CPU, asked="fp32", given=given)
+    assert found.threads == counts[-1] == threads
+    assert [reason for reason in found.reasons if "threads" in reason] == (
+        [] if given else [f"4 threads: {'yes' if threads == 4 else 'no'} ({ratio:.2f} times as fast as 2)"]
+    )
+    brief = measure.measure(config, data, CPU, asked="fp32", given=given, thorough=False)
+    assert brief.threads == (3 if given else 2) and not any("threads" in reason for reason in brief.reasons)
 
 
 class Small(nn.Module):

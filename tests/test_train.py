@@ -703,17 +703,6 @@ def test_settings_win_over_what_is_chosen(pictures, tmp_path):
     assert cli(["train", str(pictures), "--out", str(tmp_path / "run"), "--config", str(settings)]) == 2
 
 
-@pytest.mark.parametrize(
-    ("asked", "size", "threads"), [("1", 32, 1), ("", 32, 4), ("64", 32, 4), ("4", 8, 1), ("no", 32, 4)]
-)
-def test_threads_are_no_more_than_were_asked_for(monkeypatch, asked, size, threads):
-    from snowmelt.config import DataConfig
-    from snowmelt.presets import threads_for
-
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert threads_for(DataConfig(size, 1), 4) == threads
-
-
 def test_pictures_are_shown_mirrored_one_by_one(pictures, small, tmp_path, monkeypatch):
     """Half of them, also where they are so large that a batch holds one, or three."""
     assert start(pictures, tmp_path / "run", small, "--steps", "1", "--flip") == 0

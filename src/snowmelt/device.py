@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,11 +13,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from snowmelt.data.workers import cores
 from snowmelt.errors import UserError, choose
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 LAYOUTS = {"default": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+AT_FIRST = torch.get_num_threads()
+"""Threads that torch takes before anybody says how many: one for each core, though a core may have room for two, of a
+Mac for each fast one, or as many as OMP_NUM_THREADS says."""
+
+TINY = 12
+"""Pixels on a side of pictures whose operations are too small to share."""
+
+
+def threads_for(size: int) -> int:
+    """CPU threads for pictures of so many pixels on a side.
+
+    At 8 pixels two threads were no faster than one on a quiet machine, and seven times slower next to another
+    process, since each operation waits for the slower of the two.
+    """
+    return 1 if size <= TINY else min(cores(), AT_FIRST)
+
+
+def most_threads(size: int) -> int:
+    """As many as might be faster than `threads_for`, where nobody has said how many: also a core's second thread, and
+    slow cores."""
+    return threads_for(size) if size <= TINY or "OMP_NUM_THREADS" in os.environ else cores()
 
 
 @dataclass(frozen=True)
@@ -186,6 +211,10 @@ def changes_for(device: torch.device, seconds: float) -> list[str]:
     return [name for name in CHANGES if name != "compile" or seconds >= LEAST_COMPILED]
 
 
+GAIN = 1.03
+"""How many times faster a change must be, so that noise does not decide."""
+
+
 class Tried(NamedTuple):
     """What came of trying `CHANGES`."""
 
@@ -205,7 +234,7 @@ def improved(
     changes: Iterable[str] = tuple(CHANGES),
     given: Collection[str] = (),
     seconds: float = 1.0,
-    gain: float = 1.03,
+    gain: float = GAIN,
 ) -> Tried:
     """`plain` with those of `changes` that make a `step` faster; one that cannot be made here is left out.
 
@@ -213,7 +242,7 @@ def improved(
         before: seconds of a step without them.
         given: keys of [training] that stay as they are in `plain`.
         seconds: to time each for, after a warm-up.
-        gain: how many times faster it must be, so that noise does not decide.
+        gain: how many times faster it must be.
     """
     best, reasons = plain, list[str]()
     for name in changes:

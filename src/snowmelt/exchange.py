@@ -19,7 +19,7 @@ from snowmelt.config import Config, DataConfig, TrainingConfig
 from snowmelt.data.publish import publish
 from snowmelt.errors import UserError, choose
 from snowmelt.files import write_synced
-from snowmelt.presets import DEFAULT_SECONDS, check_length, facts_of, preset, threads_for
+from snowmelt.presets import DEFAULT_SECONDS, check_length, facts_of, preset
 from snowmelt.terminal import Log, console, seconds_of
 
 if TYPE_CHECKING:
@@ -174,14 +174,14 @@ def _pictures(foreign: Foreign, known: DataConfig, options: ImportOptions, build
 
 
 def _config(foreign: Foreign, data: DataConfig, training: TrainingConfig) -> Config:
-    from snowmelt.data.workers import cores
+    from snowmelt.device import threads_for
 
     training = dataclasses.replace(
         preset(data, "diffusion").training,
         steps=training.steps,
         seconds=training.seconds,
         learning_rate=GENTLE,
-        threads=threads_for(data, cores()),
+        threads=threads_for(data.size),
     )
     return Config(data, "diffusion", foreign.network, foreign.diffusion, training=training, version=__version__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -276,17 +275,6 @@ def drawn_at_once(config: Config) -> int:
     [64, 64, 64, 16, 8]
     """
     return max(8, min(64, 64 * (32 * config.architecture.patch) ** 2 // config.data.size**2))
-
-
-def threads_for(data: DataConfig, available: int) -> int:
-    """CPU threads: one for tiny pictures, whose operations are too small to share.
-
-    At 8 pixels two threads were no faster than one on a quiet machine, and seven times slower next to another
-    process, since each operation waits for the slower of the two. OMP_NUM_THREADS, where it is set, is the most.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    most = min(available, int(asked)) if asked.isdecimal() and int(asked) else available
-    return 1 if data.size <= 12 else most
 
 
 def check_size(config: Config) -> None:

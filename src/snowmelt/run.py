@@ -150,12 +150,12 @@ class Run:
         """
         import torch
 
-        from snowmelt.data.workers import cores
-        from snowmelt.device import keep_memory
+        from snowmelt.device import keep_memory, most_threads, threads_for
         from snowmelt.models import build_model
-        from snowmelt.presets import threads_for
 
-        torch.set_num_threads(threads_for(self.config.data, cores()))
+        size, found = self.config.data.size, self.config.training.threads
+        # Its training may have found that more are faster.
+        torch.set_num_threads(max(threads_for(size), min(found, most_threads(size))))
         # Training in the same process may have asked for less.
         torch.set_float32_matmul_precision("highest")
         path = self.state_of(state)

@@ -42,7 +42,7 @@ def fitted(
     config = choice()
     seconds = config.training.seconds
     again = partial(measure, data=data, device=device, given=given)
-    ask = partial(again, asked=asked, threads=given.get("threads"))
+    ask = partial(again, asked=asked)
     if seconds is None:
         return _told([ask(config)], config, log)
     gpu = is_gpu(device)
@@ -61,7 +61,7 @@ def fitted(
     other = chosen.architecture != config.architecture
     if thorough or other or batch != config.training.batch:
         precision = asked if other else measured.precision
-        tries.append(again(chosen, asked=precision, threads=measured.threads, thorough=thorough))
+        tries.append(again(chosen, asked=precision, thorough=thorough))
     return _told(tries, chosen, log)
 
 
@@ -94,13 +94,13 @@ def _larger(
     try:
         tries = [measured := ask(config, thorough=False)]
         if HOPED * images_of(measured) >= LEAST_PLENTIFUL:
-            tries.append(measured := again(config, asked=measured.precision, threads=measured.threads))
+            tries.append(measured := again(config, asked=measured.precision))
         images = images_of(measured)
         if images >= LEAST_PLENTIFUL:
             log(f"Network: a larger one, which sees {images:,} images.")
             chosen = choice(images=images, gpu=True, large=True)
             if chosen != config:
-                tries.append(again(chosen, asked=measured.precision, threads=measured.threads))
+                tries.append(again(chosen, asked=measured.precision))
             return _told(tries, chosen, log)
         reason = f"a larger one would see {images:,} images"
     except RuntimeError as error:

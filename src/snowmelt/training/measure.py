@@ -11,9 +11,9 @@ import torch
 
 from snowmelt.config import Config, TrainingConfig
 from snowmelt.data.prepared import Prepared
-from snowmelt.data.workers import cores
 from snowmelt.device import (
     DTYPES,
+    GAIN,
     Precision,
     changes_for,
     faster_precision,
@@ -21,13 +21,15 @@ from snowmelt.device import (
     is_gpu,
     keep_memory,
     make_precision,
+    most_threads,
+    threads_for,
+    time_of,
     use_tensor_cores,
 )
 from snowmelt.evaluation.levels import batch_of
 from snowmelt.models import MODELS, build_learner
 from snowmelt.models.base import Learner
 from snowmelt.networks.group_norm import channels_last_pays
-from snowmelt.presets import threads_for
 from snowmelt.recording import forget_tried, speed_up
 from snowmelt.seeds import generator
 
@@ -90,7 +92,6 @@ def measure(
     device: torch.device,
     *,
     asked: str,
-    threads: int | None,
     thorough: bool = True,
     given: Collection[str] = (),
 ) -> Measured:
@@ -98,11 +99,12 @@ def measure(
 
     Args:
         thorough: then try another layout, and on a GPU recording, and compiling where the run is long enough for it;
-            on a CPU only in a run by time, since one by steps should give the same weights again on the same machine,
-            and where two layouts are about as fast, chance would choose between them.
+            on a CPU only in a run by time, and also more threads: one by steps should give the same weights again on
+            the same machine, and where two ways are about as fast, chance would choose between them.
         given: keys of [training] that the person has set; they are as `config` has them.
     """
-    threads = threads or threads_for(config.data, cores())
+    size = config.data.size
+    threads = config.training.threads if "threads" in given else threads_for(size)
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_memory()
@@ -166,6 +168,14 @@ def measure(
             reasons.append("compiled: no (so short a training does not wait for the compiler)")
         best, taken, more = improved(best, step, before=taken, changes=changes, given=given, seconds=seconds / 3)
         reasons += more
+        if not gpu and "threads" not in given and (most := most_threads(size)) > threads:
+            torch.set_num_threads(most)
+            ratio = taken / (other := time_of(best, step, seconds / 3))
+            reasons.append(
+                f"{most} threads: {'yes' if ratio >= GAIN else 'no'} ({ratio:.2f} times as fast as {threads})"
+            )
+            threads, taken = (most, other) if ratio >= GAIN else (threads, taken)
+            torch.set_num_threads(threads)
     speed = taken and len(batch.images) / taken
     learners.clear()
     forget_tried(device)
