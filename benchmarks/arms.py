@@ -32,21 +32,19 @@ from snowmelt.config import Config, TrainingConfig, config_tables
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared, open_prepared, spread_rows
 from snowmelt.data.stream import Stream
-from snowmelt.data.workers import cores
-from snowmelt.device import Precision, keep_memory
+from snowmelt.device import Precision, keep_memory, threads_for
 from snowmelt.ema import Average
-from snowmelt.evaluating.draw import Drawn
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import in_spaces, spaces_of
-from snowmelt.evaluation.drawing import SHARP, SMOOTH, class_by_chance, detail
-from snowmelt.evaluation.levels import errors_of
+from snowmelt.evaluation.drawing import SHARP, SMOOTH, detail, in_parts, noise_of
+from snowmelt.evaluation.held_out import errors_of
 from snowmelt.models import build_learner
 from snowmelt.models.base import Drawing, Learner, Model
 from snowmelt.models.diffusion import HELD_OUT_LEVELS
 from snowmelt.networks.group_norm import channels_last_pays
 from snowmelt.pictures import save_png, sheet
 from snowmelt.presets import facts_of, preset
-from snowmelt.seeds import generator, noise_source
+from snowmelt.seeds import generator
 from snowmelt.tables import from_table
 from snowmelt.terminal import Log, console
 from snowmelt.training.plan import Plan
@@ -75,7 +73,7 @@ class Options:
     """Train on so many of the pictures, taken by chance, and hold out all the others."""
     samples: int = 0
     threads: int = 0
-    """All cores when not given."""
+    """As many as a training takes at first when not given."""
     model: str = "diffusion"
     out: Path = Path("runs/arms")
 
@@ -137,11 +135,8 @@ def trained(config: Config, data: Prepared, options: Options, seed: int) -> tupl
 def drawn_by(model: Model, drawing: Drawing, count: int) -> torch.Tensor:
     """So many pictures."""
     parts, facts = list[torch.Tensor](), model.config.data  # type: ignore[attr-defined]
-    classes = torch.tensor([class_by_chance(facts, 0, number) for number in range(count)]) if facts.classes else None
-    for start in range(0, count, BATCH):
-        numbers = range(start, min(start + BATCH, count))
-        source = noise_source([0] * len(numbers), numbers, (facts.channels, facts.size, facts.size))
-        *_, last = model.sample(source, None if classes is None else classes[start : start + BATCH], drawing)
+    for numbers in in_parts(range(count), BATCH):
+        *_, last = model.sample(*noise_of(facts, 0, numbers, CPU), drawing)
         parts.append(last.x0)
     return torch.cat(parts)
 
@@ -165,8 +160,7 @@ def measured(learner: Learner, average: Average, data: Prepared, options: Option
                     drawing, drawn = Drawing(sampler=SHARP), sharp
             save_png(options.out / f"{name}.png", sheet(drawn[:80], 10))
             spaces = spaces_of(data, EvaluateOptions(Path()), Log(console(), options.out / "log.txt"))
-            pixels: np.ndarray = to_pixels(drawn).numpy()
-            figures = in_spaces(spaces, data, Drawn(pixels, None, 0.0), seed=0, names=("frechet",))
+            figures = in_spaces(spaces, data, to_pixels(drawn).numpy(), seed=0, names=("frechet",))
             found |= {f"frechet {figure.space}": figure.value for figure in figures} | {"sampler": drawing.sampler}
     return found
 
@@ -174,9 +168,9 @@ def measured(learner: Learner, average: Average, data: Prepared, options: Option
 def main(options: Options) -> None:
     """Train and measure every arm with every seed; the table after each."""
     found_in(options.out, samples=options.samples, held_out=options.held_out, threads=options.threads)
-    torch.set_num_threads(options.threads or cores())
     keep_memory()
     data, file = opened(options), options.out / "found.json"
+    torch.set_num_threads(options.threads or threads_for(data.size))
     budget = f"{options.images} images" if options.images is not None else f"{options.seconds:g} s"
     for seed in options.seeds:
         for arm in options.arms:

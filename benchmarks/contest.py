@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.diffusion.grids import GRIDS
 from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.schedules import SCHEDULES
-from snowmelt.evaluation.drawing import class_by_chance
+from snowmelt.evaluation.drawing import in_parts, noise_of
 from snowmelt.models.base import Drawing
 from snowmelt.prepare import PrepareOptions, prepare
-from snowmelt.seeds import noise_source
 from snowmelt.terminal import console
 
 TRIAL = 10
@@ -52,6 +51,36 @@ def found_in(out: Path, **settings: object) -> dict[str, Any]:
             raise SystemExit(f"{out} was made with {before}, not {told}; choose another --out.")
     file.write_text(json.dumps(told, indent=1), encoding="utf-8")
     return json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
+
+
+def one_by_one(
+    script: str,
+    jobs: Iterable[tuple[str, float]],
+    data: Path,
+    options: Any,
+    found: dict[str, Any],
+    show: Callable[[dict[str, Any]], object],
+) -> None:
+    """Every job that was not done before, in a process of its own, and what is known after each.
+
+    Args:
+        script: the benchmark's file; with --worker it is told a job, and prints what it found as its last line.
+        jobs: a system and its minutes.
+        options: the benchmark's; found.json lies in its `out`.
+        found: what was found before, by title; is added to.
+    """
+    new = {title: job for job in jobs if (title := f"{job[0]}, {job[1]:g} min") not in found}
+    for title, (name, minutes) in new.items():
+        told = json.dumps([name, str(data), minutes, {**vars(options), "out": str(options.out)}])
+        done = subprocess.run([sys.executable, script, "--worker", told], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{title} failed; what it said is above.", file=sys.stderr)
+            continue
+        found[title] = json.loads(done.stdout.splitlines()[-1])
+        (options.out / "found.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        show(found)
+    if not new:
+        show(found)
 
 
 def updates_in(seconds: float, trial: Rival, device: torch.device = CPU) -> int:
@@ -99,16 +128,13 @@ def drawn(
     Args:
         bind: classes, or None -> the denoiser that is told them.
     """
-    shape, parts = (facts.channels, facts.size, facts.size), list[Tensor]()
+    parts = list[Tensor]()
     method, schedule = SAMPLERS[drawing.sampler], SCHEDULES[drawing.schedule or "cosine"]
     grid = GRIDS[drawing.spacing or method.grid](schedule, drawing.steps)
     begin = time.perf_counter()
     with torch.no_grad():
-        for start in range(0, count, batch):
-            numbers = range(start, min(start + batch, count))
-            source = noise_source([0] * len(numbers), numbers, shape, device)
-            chosen = [class_by_chance(facts, 0, number) for number in numbers] if facts.classes else []
-            labels = torch.tensor(chosen, device=device) if chosen else None
+        for numbers in in_parts(range(count), batch):
+            source, labels = noise_of(facts, 0, numbers, device)
             *_, last = method.sampler(bind(labels), source(0), grid, source)
             parts.append(last.x0.cpu())
     return torch.cat(parts), (time.perf_counter() - begin) / max(1, count)

@@ -122,7 +122,7 @@ def cell(data: Path, minutes: float, name: str, options: Options, *, taken: floa
     drawn = draw(order_of(run, asked), 0)
     save_png(folder.with_name(f"{folder.name}.png"), sheet_of_pixels(torch.from_numpy(drawn.pixels[:64]), 8))
     spaces = spaces_of(prepared, asked, Log(console(), options.out / "log.txt"))
-    figures = in_spaces(spaces, prepared, drawn, seed=options.seed, names=("frechet", "kid"))
+    figures = in_spaces(spaces, prepared, drawn.pixels, seed=options.seed, names=("frechet", "kid"))
     return {
         "seconds": taken,
         "images": status["images"],

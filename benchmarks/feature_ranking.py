@@ -25,7 +25,6 @@ from rich.table import Table
 
 from snowmelt.data.pixels import to_images, to_pixels
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
-from snowmelt.data.workers import cores
 from snowmelt.evaluation.encoder import blurred
 from snowmelt.evaluation.features import open_spaces
 from snowmelt.evaluation.metrics import OF_FEATURES
@@ -159,7 +158,6 @@ def show(title: str, steps: list[str], rows: dict[str, list[float]], screen: Con
 
 def main(options: Options) -> None:
     """Rank all datasets."""
-    torch.set_num_threads(cores())
     screen = Console(width=140)
     rises = {name: rank(name, options, screen) for name in options.names}
     for name, right in rises.items():

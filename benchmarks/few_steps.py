@@ -123,7 +123,7 @@ def main(options: Options) -> None:
     for way, order in orders.items():
         make_ready(run, state, model, order.drawing)
         drawn = draw(order, 0)
-        figures: Sequence[Figure] = in_spaces(spaces, data, drawn, seed=options.seed, names=NAMES)
+        figures: Sequence[Figure] = in_spaces(spaces, data, drawn.pixels, seed=options.seed, names=NAMES)
         distance = figures[0].value or float("nan")
         first = first or distance
         row = {

@@ -26,7 +26,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -42,16 +41,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from contest import data_of, drawn, found_in, train_for, train_snowmelt, updates_in
+from contest import data_of, drawn, found_in, one_by_one, train_for, train_snowmelt, updates_in
 from rivals import diffusers
 from snowmelt.config import DataConfig, UNetConfig
 from snowmelt.data.pixels import to_images, to_pixels
 from snowmelt.data.prepared import Prepared, open_prepared
-from snowmelt.data.workers import cores
 from snowmelt.device import Precision, pick_device
 from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.errors import choose
-from snowmelt.evaluating.draw import Drawn
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import in_spaces, spaces_of
 from snowmelt.foreign.unet2d import network_of
@@ -177,8 +174,8 @@ def distances(bind: Bind, data: Prepared, options: Options, device: torch.device
         pictures, seconds = drawn(
             bind, facts_of(data), Drawing(sampler=sampler, steps=steps), options.samples, batch=500, device=device
         )
-        made = Drawn(to_pixels(pictures).numpy(), None, 0.0)
-        figures = in_spaces(spaces, data, made, seed=options.seed, names=("frechet",))
+        pixels = to_pixels(pictures).numpy()
+        figures = in_spaces(spaces, data, pixels, seed=options.seed, names=("frechet",))
         values = {
             figure.space: [figure.value, figure.low, figure.high, figure.floor, figure.reason] for figure in figures
         }
@@ -190,7 +187,6 @@ def work(name: str, data: str, minutes: float, fields: dict[str, Any]) -> None:
     """The process of one system: train, measure, and print what was found as one line of JSON."""
     options = Options(**{**fields, "out": Path(fields["out"]), "spaces": tuple(fields["spaces"])})
     device, prepared = pick_device(options.device), open_prepared(Path(data))
-    torch.set_num_threads(cores())
     if name == "snowmelt":
         bind, about = snowmelt_trained(Path(data), 60 * minutes, options, device)
     else:
@@ -238,21 +234,9 @@ def main(options: Options) -> None:
     for name in options.contestants:
         choose(dict.fromkeys(CONTESTANTS), name, "contestant")
     settings = {key: value for key, value in vars(options).items() if key not in ("minutes", "contestants", "out")}
-    found, file = found_in(options.out, **settings), options.out / "found.json"
-    data = data_of(options.source, options.out)
+    found, data = found_in(options.out, **settings), data_of(options.source, options.out)
     jobs = [(name, minutes) for minutes in options.minutes for name in options.contestants]
-    new = {title: job for job in jobs if (title := f"{job[0]}, {job[1]:g} min") not in found}
-    for title, (name, minutes) in new.items():
-        told = json.dumps([name, str(data), minutes, {**vars(options), "out": str(options.out)}])
-        done = subprocess.run([sys.executable, __file__, "--worker", told], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{title} failed; what it said is above.", file=sys.stderr)
-            continue
-        found[title] = json.loads(done.stdout.splitlines()[-1])
-        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        show(found, options)
-    if not new:
-        show(found, options)
+    one_by_one(__file__, jobs, data, options, found, partial(show, options=options))
 
 
 if __name__ == "__main__":

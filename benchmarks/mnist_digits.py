@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from snowmelt.data.pixels import to_images, to_pixels
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
-from snowmelt.data.workers import cores
 from snowmelt.device import Precision
 from snowmelt.models.base import Drawing
 from snowmelt.prepare import PrepareOptions, prepare
@@ -119,7 +118,6 @@ def draw(run: Run, labels: Labels | None, options: Options) -> Images:
 
 def main(options: Options) -> None:
     """Measure and print a table."""
-    torch.set_num_threads(cores())
     options.cache.mkdir(parents=True, exist_ok=True)
     network = trained(digits(options.train, options.cache), options.cache)
     test = digits(options.test, options.cache)

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +25,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
+from commands import Taken, timed
 from snowmelt.data.prepared import open_prepared
 from snowmelt.data.source import MAX_FILE_BYTES, list_source, open_reader
 from snowmelt.data.workers import cores
@@ -55,14 +53,6 @@ class Options:
     """Decoding processes; as many as `prepare` would start when not given."""
     keep: Path | None = None
     """Where the photos are kept between calls; made anew each time when not given."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Taken:
-    """What one command took, in seconds."""
-
-    clock: float
-    processor: float
 
 
 def part_of(photo: Image.Image, chance: random.Random) -> Image.Image:
@@ -113,20 +103,12 @@ def photos(folder: Path, options: Options) -> tuple[Path, Path]:
     return every, few
 
 
-def processor_seconds() -> float:
-    """Of all processes that have been started here and have ended."""
-    times = os.times()
-    return times.children_user + times.children_system
-
-
 def prepare(source: Path, out: Path, options: Options) -> Taken:
     """Run the command once."""
     command = [sys.executable, "-m", "snowmelt", "prepare", str(source), "--out", str(out)]
     command += ["--size", str(options.size)] if options.size is not None else []
     command += ["--workers", str(options.workers)] if options.workers is not None else []
-    begin, spent = time.perf_counter(), processor_seconds()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return Taken(time.perf_counter() - begin, processor_seconds() - spent)
+    return timed(command)
 
 
 def measure(folder: Path, options: Options, screen: Console) -> None:

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from statistics import median
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+
+from commands import Taken, timed
 
 MISSING = "/no/such/folder"
 EMPTY = """
@@ -76,34 +75,6 @@ COMMANDS = (
 AGAINST = ("import torch", "from diffusers import UNet2DModel, DDPMScheduler")
 
 
-@dataclasses.dataclass(frozen=True)
-class Taken:
-    """What one process took, in seconds."""
-
-    clock: float
-    processor: float
-
-
-def processor_seconds() -> float:
-    """Of all processes that have been started here and have ended."""
-    times = os.times()
-    return times.children_user + times.children_system
-
-
-def take(command: Command) -> Taken:
-    """Run it once.
-
-    Raises:
-        RuntimeError: it does not exit as it should.
-    """
-    begin, spent = time.perf_counter(), processor_seconds()
-    ended = subprocess.run([sys.executable, *command.arguments], capture_output=True, text=True)
-    taken = Taken(time.perf_counter() - begin, processor_seconds() - spent)
-    if ended.returncode != command.code:
-        raise RuntimeError(f"{command.name} exits with {ended.returncode}: {ended.stderr.strip()[-500:]}")
-    return taken
-
-
 def against(found: Sequence[Taken], other: Sequence[Taken] | None) -> str:
     """How many times shorter, turn by turn."""
     if other is None:
@@ -117,7 +88,7 @@ def main(options: Options) -> None:
     taken: dict[str, list[Taken]] = {command.name: [] for command in there}
     for turn in range(options.turns + 1):
         for command in there:
-            one = take(command)
+            one = timed([sys.executable, *command.arguments], command.code)
             if turn:
                 taken[command.name].append(one)
     table = Table(

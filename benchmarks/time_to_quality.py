@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +38,6 @@ from rich.table import Table
 
 from snowmelt.models.base import Drawing
 
-LEVELS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 HELD_OUT = 256
 BATCH = 64
 """Pictures drawn or denoised at once."""
@@ -142,13 +140,13 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     from snowmelt.data.prepared import open_prepared, spread_rows
     from snowmelt.device import Precision
     from snowmelt.diffusion.noise import add_noise
-    from snowmelt.evaluating.draw import Drawn
     from snowmelt.evaluating.options import EvaluateOptions
     from snowmelt.evaluating.quality import in_spaces, spaces_of
     from snowmelt.evaluation.drawing import usual
     from snowmelt.evaluation.features import real_features
     from snowmelt.evaluation.metrics import frechet_of
     from snowmelt.evaluation.neighbours import Pair
+    from snowmelt.models.diffusion import HELD_OUT_LEVELS
     from snowmelt.pictures import save_png, sheet
     from snowmelt.presets import facts_of
     from snowmelt.run import Run
@@ -177,7 +175,7 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     noise = torch.randn(images.shape, generator=generator(0, "held out"))
     errors: list[float] = []
     with torch.no_grad():
-        for level in LEVELS:
+        for level in HELD_OUT_LEVELS:
             log_snr, squares = torch.tensor(level), list[float]()
             for start in range(0, len(images), BATCH):
                 part = slice(start, start + BATCH)
@@ -201,7 +199,7 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
     best = min(ways, key=lambda way: ways[way])
     pictures, seconds = drawn(bind, facts, best, options.samples, batch=BATCH)
     pixels = to_pixels(pictures).numpy()
-    figures = in_spaces(spaces, prepared, Drawn(pixels, None, 0.0), seed=options.seed, names=("frechet",))
+    figures = in_spaces(spaces, prepared, pixels, seed=options.seed, names=("frechet",))
     return found | {
         "seconds_per_picture": seconds,
         "way": best.as_dict(),
@@ -213,28 +211,15 @@ def measured(denoise: Denoise | None, run: Path | None, data: Path, options: Opt
 
 def main(options: Options) -> None:
     """Train each, measure each, print the table after each."""
-    from contest import data_of, found_in
+    from contest import data_of, found_in, one_by_one
     from snowmelt.errors import choose
 
     for name in options.rivals:
         choose(dict.fromkeys(RIVALS), name, "rival")
     settings = {name: getattr(options, name) for name in ("source", "size", "samples", "seed")}
-    found, file = found_in(options.out, **settings), options.out / "found.json"
-    data = data_of(options.source, options.out, options.size)
+    found, data = found_in(options.out, **settings), data_of(options.source, options.out, options.size)
     jobs = [(name, options.minutes) for name in options.rivals] + [("snowmelt", minutes) for minutes in options.ours]
-    new = {title: job for job in jobs if (title := f"{job[0]}, {job[1]:g} min") not in found}
-    for title, (name, minutes) in new.items():
-        told = json.dumps([name, str(data), minutes, {**vars(options), "out": str(options.out)}])
-        words = [sys.executable, __file__, "--worker", told]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{title} failed; what it said is above.", file=sys.stderr)
-            continue
-        found[title] = json.loads(done.stdout.splitlines()[-1])
-        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        show(found)
-    if not new:
-        show(found)
+    one_by_one(__file__, jobs, data, options, found, show)
 
 
 def show(found: dict[str, Any]) -> None:

@@ -13,9 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from snowmelt.cli import run as cli
+from snowmelt.compare import NO_TIME
 from snowmelt.comparing import entry as entries
 from snowmelt.comparing.budget import AIM, samples_over_time, samples_within, shares
 from snowmelt.comparing.duel import Ledger
@@ -176,11 +179,34 @@ def test_the_ledger_keeps_what_was_spent_and_refuses_other_options(tmp_path):
     ledger.save()
     again = Ledger.open(tmp_path / "plan.json", {"seed": 0})
     assert again.shares == ledger.shares and again.spent == ledger.spent and again.total > 0
-    with pytest.raises(UserError, match=r"other options \(seed\)"):
+    with pytest.raises(UserError, match=r"other options \(--seed\)"):
         Ledger.open(tmp_path / "plan.json", {"seed": 1})
+    with pytest.raises(UserError, match="--for"):
+        Ledger.open(tmp_path / "plan.json", {"seed": 0, "duration": "1h"})
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
         Ledger.open(tmp_path / "plan.json", {"seed": 0})
+
+
+def test_a_refused_command_can_be_corrected(tmp_path):
+    """Of one that is refused at once nothing is kept, and what pictures do not depend on may change until the time is
+    shared out or something is measured."""
+    path, wrong, right = tmp_path / "plan.json", {"dinov2": "a", "size": 8}, {"dinov2": "b", "size": 8}
+    ledger = Ledger.open(path, wrong)
+    with pytest.raises(UserError), ledger.phase("pictures"):
+        raise UserError("No such colour.")
+    assert not path.exists()
+    with ledger.phase("pictures"):
+        pass
+    with pytest.raises(UserError), ledger.phase("encoder"):
+        raise UserError("These are no weights.")
+    assert path.exists() and Ledger.open(path, right).request == right
+    with pytest.raises(UserError, match=r"other options \(--size\)"):
+        Ledger.open(path, {"dinov2": "a", "size": 16})
+    with ledger.phase("measuring"):
+        pass
+    with pytest.raises(UserError, match=r"other options \(--dinov2\)"):
+        Ledger.open(path, right)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +232,16 @@ def unfinished(digits, tmp_path) -> Path:
     return path
 
 
+def odd(tmp_path) -> Path:
+    """Four prepared pictures of a size that models cannot halve often enough."""
+    chance, folder = np.random.default_rng(0), tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(4):
+        Image.fromarray(chance.integers(0, 256, (44, 44, 3), np.uint8)).save(folder / f"{index}.png")
+    assert cli(["prepare", str(folder), "--size", "44", "--out", str(tmp_path / "odd")]) == 0
+    return tmp_path / "odd"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -222,13 +258,19 @@ def unfinished(digits, tmp_path) -> Path:
         (["DATA", "--for", "soon"], "is no duration"),
         (["DATA", "--samples", "1"], "--samples is 1"),
         (["DATA", "--size", "16"], "is prepared already; leave --size away"),
-        (["nowhere"], "There is nothing at nowhere"),
+        (["DATA", "--spaces", "trained", "randon"], "did you mean 'random'?"),
+        (["builtin:digitz"], "digitz"),
+        (["builtin:digits", "--background", "blu"], "blu"),
+        ([__file__], "is no folder, zip or tar"),
+        (["ODD"], "Pictures of 44 pixels do not divide by 8"),
+        (["nowhere"], "There is no file or folder nowhere"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(digits, tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     places = {"RUN": digits["vae"], "GAN": digits["gan"], "OTHER": digits["other"], "DATA": digits["data"]}
     places["UNFINISHED"] = unfinished(digits, tmp_path) if "UNFINISHED" in words else tmp_path
+    places["ODD"] = odd(tmp_path) if "ODD" in words else tmp_path
     before = sorted(tmp_path.rglob("*"))
     assert cli(["compare", *(str(places.get(word, word)) for word in words)]) == 2
     err = capsys.readouterr().err
@@ -252,6 +294,7 @@ def test_finished_runs_are_compared(digits, tmp_path, monkeypatch):
     # A GAN has no likelihood; the others have.
     assert [run["bits_per_dim"] is None for run in found["runs"]] == [False, True, False]
     assert found["verdict"]["headline"] and found["seconds"] is None
+    assert NO_TIME not in found["not_measured"], "an encoder that nobody asked for has not taken too long"
     for name in ("report.html", "report.md", "compare.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
 

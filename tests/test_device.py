@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,14 @@ import torch
 from torch import nn
 
 from conftest import stirred
-from snowmelt import device
+from snowmelt import checkpoint, device
 from snowmelt.config import Config, DataConfig, TrainingConfig, UNetConfig
 from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch
 from snowmelt.device import LEAST_COMPILED, Precision, changes_for, faster_precision, improved
-from snowmelt.models import build_learner
+from snowmelt.models import build_learner, build_model
 from snowmelt.recording import Replayed, forget_tried, speed_up
+from snowmelt.run import Run
 from snowmelt.seeds import generator
 
 CPU = torch.device("cpu")
@@ -33,20 +33,37 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("asked", "size", "first", "most"),
-    [(None, 32, 2, 4), (None, 8, 1, 1), ("1", 32, 1, 1), ("64", 32, 4, 4), ("3", 8, 1, 1)],
+    [(None, 32, 2, 4), ("", 32, 2, 4), ("no", 32, 2, 4), (None, 8, 1, 1), ("1", 32, 1, 1), ("3", 8, 1, 1)],
 )
 def test_threads_are_one_for_each_core_and_no_more_than_were_asked_for(monkeypatch, asked, size, first, most):
     """Two cores with room for four threads: what torch takes at first is what OMP_NUM_THREADS says, else two."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    monkeypatch.setattr(device, "AT_FIRST", int(asked or 2))
+    monkeypatch.setattr(device, "AT_FIRST", int(asked) if (asked or "").isdecimal() else 2)
     monkeypatch.setattr(device, "cores", lambda: 4)
     assert (device.threads_for(size), device.most_threads(size)) == (first, most)
 
 
+@pytest.mark.parametrize(("found", "threads"), [(1, 2), (2, 2), (4, 4), (64, 4)])
+def test_a_run_draws_with_as_many_threads_as_it_trained_with(tmp_path, monkeypatch, found, threads):
+    """But with one for each core at least, and no more than there is room for."""
+    counts = []
+    monkeypatch.setattr(device, "threads_for", lambda _size: 2)
+    monkeypatch.setattr(device, "most_threads", lambda _size: 4)
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    network = UNetConfig(channels=(32, 64), attention=(False, True))
+    run = Run.create(
+        tmp_path / "run", Config(DataConfig(8, 1), network=network, training=TrainingConfig(steps=1, threads=found))
+    )
+    model = build_model(run.config, Precision(CPU))
+    checkpoint.save(run.checkpoints, 1, {"average": model.state_dict()}, {})
+    run.load_model(Precision(CPU))
+    assert counts == [threads]
+
+
 def test_torch_takes_as_many_threads_as_it_is_told():
-    """What `AT_FIRST` relies on, and that it is taken before anything else says how many."""
+    """What `AT_FIRST` relies on, where torch would take more, and that it is taken before anything says how many."""
     code = "import snowmelt.device, torch; torch.set_num_threads(2); print(snowmelt.device.AT_FIRST)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
@@ -304,31 +321,43 @@ def test_what_a_gpu_records_is_what_it_computes():
             assert (weight - other[name]).norm() < 0.05 * (weight - start[name]).norm(), name
 
 
-def test_changes_are_kept_where_they_pay():
+@pytest.fixture
+def clock(monkeypatch):
+    """What `improved` reads; steps move it."""
+    now = [0.0]
+    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def takes(seconds):
+        now[0] += seconds
+
+    return takes
+
+
+def test_changes_are_kept_where_they_pay(clock):
     tried = []
 
     def step(precision):
         tried.append(precision)
         if precision.compiled:
             unable()
-        time.sleep(0.001 if precision.layout == "channels_last" else 0.005)
+        clock(0.001 if precision.layout == "channels_last" else 0.005)
 
     found = improved(Precision(CPU, "bf16"), step, before=0.005, seconds=0.0)
-    assert found.precision == Precision(CPU, "bf16", "channels_last") and 0.001 <= found.seconds < 0.004
+    assert found.precision == Precision(CPU, "bf16", "channels_last") and found.seconds == pytest.approx(0.001)
     assert Precision(CPU, "bf16", "channels_last", compiled=True) in tried, "one on top of the other"
     assert tried[-1] == Precision(CPU, "bf16", "channels_last", recorded=True), "without what could not be made"
     assert found.reasons[0].startswith("channels_last: yes (")
     assert found.reasons[1] == "compiled: no (no compiler here)"
-    slower = improved(Precision(CPU), lambda _precision: time.sleep(0.005), before=0.004, seconds=0.0)
+    slower = improved(Precision(CPU), lambda _precision: clock(0.005), before=0.004, seconds=0.0)
     assert slower.precision == Precision(CPU) and slower.seconds == 0.004
     assert [reason.split(" (")[0] for reason in slower.reasons] == ["channels_last: no", "compiled: no", "recorded: no"]
 
 
-def test_the_compiler_takes_the_layout_that_it_is_fast_in():
+def test_the_compiler_takes_the_layout_that_it_is_fast_in(clock):
     """Even where that layout alone is slow; not where a person has set the layout."""
 
     def step(precision):
-        time.sleep(0.001 if precision.compiled else 0.01 if precision.layout == "channels_last" else 0.005)
+        clock(0.001 if precision.compiled else 0.01 if precision.layout == "channels_last" else 0.005)
 
     for given, layout in (((), "channels_last"), (("layout",), "default")):
         changes = [name for name in ("layout", "compile") if name not in given]

@@ -13,8 +13,8 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 from snowmelt.diffusion import process
 from snowmelt.diffusion.exact import GaussianMixture, dataset_denoiser, gaussian_denoiser
 from snowmelt.diffusion.likelihood import bound, exact_trace, hutchinson, ode_bits
-from snowmelt.diffusion.noise import add_noise, alpha_sigma
-from snowmelt.diffusion.variance import VARIANCES, fresh_share, posterior
+from snowmelt.diffusion.noise import add_noise, alpha_sigma, fresh_share
+from snowmelt.diffusion.variance import VARIANCES, posterior
 from snowmelt.diffusion.walk import NoiseSource
 
 SHAPE = (1, 3, 3)

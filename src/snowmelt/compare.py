@@ -12,9 +12,9 @@ from snowmelt import __version__
 from snowmelt.comparing.budget import AIM
 from snowmelt.comparing.options import CompareOptions, check, check_runs
 from snowmelt.config import DataConfig
-from snowmelt.errors import UserError
+from snowmelt.errors import UserError, choose
 from snowmelt.evaluating.options import EvaluateOptions
-from snowmelt.files import make_folder, write_atomic
+from snowmelt.files import holds_else, make_folder, write_atomic
 from snowmelt.presets import check_size, facts_of, preset
 from snowmelt.terminal import Log, console
 
@@ -57,6 +57,10 @@ def compare(options: CompareOptions) -> Path:
     _refuse_foreign(out)
     if not finished:
         _check_source(options)
+    from snowmelt.evaluation.features import SPACES
+
+    for name in options.spaces:
+        choose(SPACES, name, "feature space")
     kept = stopping(f"What is done is kept in {out}; the same command continues.")
     with make_folder(out, begun=PLAN), lock(out), kept:
         log, ledger = Log(console(), out / "log.txt"), Ledger.open(out / PLAN, _request(options))
@@ -98,14 +102,14 @@ def _refuse_mixture(options: CompareOptions) -> None:
 
 def _check_source(options: CompareOptions) -> None:
     """Refuse pictures that are not there, and options that come too late for prepared ones."""
-    from snowmelt.data.source import is_builtin
+    from snowmelt.data.source import is_builtin, source_kind
     from snowmelt.prepare import refuse_late
 
     if options.size is not None:
         _check_sizes(options, DataConfig(options.size, 3))
     source = options.sources[0]
-    if not is_builtin(source) and not Path(source).exists():
-        raise UserError(f"There is nothing at {source}; name a folder, zip or tar of images, or finished runs.")
+    if not is_builtin(source):
+        source_kind(Path(source))
     refuse_late(Path(source), options)
 
 
@@ -113,9 +117,7 @@ def _refuse_foreign(out: Path) -> None:
     """A folder that holds something else is left alone."""
     if out.is_file():
         raise UserError(f"{out} is a file; choose another folder with --out.")
-    if not out.is_dir() or (out / PLAN).exists():
-        return
-    if any(path.name not in ("log.txt", "data") and path.name[0] != "." for path in out.iterdir()):
+    if not (out / PLAN).exists() and holds_else(out):
         raise UserError(f"{out} exists and is no comparison; choose another --out.")
 
 
@@ -153,8 +155,8 @@ def _duel(options: CompareOptions, out: Path, ledger: Ledger, log: Log) -> tuple
 
     with ledger.phase("pictures"):
         data = _pictures(options, out)
-    if ledger.shares is None:
         _check_sizes(options, facts_of(data))
+    if ledger.shares is None:
         with ledger.phase("encoder"):
             see_real(_spaces(options, data, log, timed=True), data)
         ledger.shares = shares(options.seconds, ledger.total, len(options.families))
@@ -253,15 +255,19 @@ def _measured(options: CompareOptions, runs: list[Run], ledger: Ledger, log: Log
         },
         "runs": entries,
         "verdict": verdict(entries),
-        "not_measured": _not_measured(entries),
+        "not_measured": _not_measured(entries, NO_TIME if timed and "trained" in options.spaces else ""),
     }
 
 
-def _not_measured(entries: list[dict[str, Any]]) -> list[str]:
-    """Every reason why a number is missing, once."""
+def _not_measured(entries: list[dict[str, Any]], untrained: str) -> list[str]:
+    """Every reason why a number is missing, once.
+
+    Args:
+        untrained: why no trained encoder saw the pictures, where none did.
+    """
     reasons = [figure["reason"] for entry in entries for figure in entry["quality"]["figures"] if figure["reason"]]
     told = [sentence for entry in entries for sentence in (*entry["quality"]["not_measured"], *entry["not_measured"])]
-    missing = "" if any("trained" in entry["quality"]["spaces"] for entry in entries) else NO_TIME
+    missing = "" if any("trained" in entry["quality"]["spaces"] for entry in entries) else untrained
     return [sentence for sentence in dict.fromkeys([missing, *reasons, *told]) if sentence]
 
 

@@ -41,7 +41,7 @@ def threads_for(size: int) -> int:
 def most_threads(size: int) -> int:
     """As many as might be faster than `threads_for`, where nobody has said how many: also a core's second thread, and
     slow cores."""
-    return threads_for(size) if size <= TINY or "OMP_NUM_THREADS" in os.environ else cores()
+    return threads_for(size) if size <= TINY or os.environ.get("OMP_NUM_THREADS", "").isdecimal() else cores()
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,15 @@ def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
         raise
 
 
+LEFT = ("data", "log.txt")
+"""What a process leaves that was killed before it had decided anything."""
+
+
+def holds_else(path: Path) -> bool:
+    """Whether a folder that is there holds more than `LEFT` and hidden files."""
+    return path.is_dir() and any(child.name not in LEFT and child.name[0] != "." for child in path.iterdir())
+
+
 def _make_writable(path: Path) -> bool:
     """Whether it was made now, by this process and not by another at the same moment."""
     try:

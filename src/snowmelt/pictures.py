@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from snowmelt.data.pixels import to_pixels
 from snowmelt.files import write_atomic
+from snowmelt.pages.markup import png
 from snowmelt.shapes import Images, Pixels
 
 PAPER = 255
@@ -25,16 +25,9 @@ def picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def png_of(image: Image.Image) -> bytes:
-    """A PNG, as small as it gets."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
 def save_png(path: Path, image: Image.Image) -> Path:
     """Write a PNG in one instant."""
-    write_atomic(path, png_of(image))
+    write_atomic(path, png(image))
     return path
 
 

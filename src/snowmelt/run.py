@@ -148,23 +148,11 @@ class Run:
         Raises:
             UserError: there is no such checkpoint, or it is damaged, or does not fit config.toml.
         """
-        import torch
-
-        from snowmelt.device import keep_memory, most_threads, threads_for
         from snowmelt.models import build_model
 
-        size, found = self.config.data.size, self.config.training.threads
-        # Its training may have found that more are faster.
-        torch.set_num_threads(max(threads_for(size), min(found, most_threads(size))))
-        # Training in the same process may have asked for less.
-        torch.set_float32_matmul_precision("highest")
         path = self.state_of(state)
         weights = checkpoint.load(path, "average")
-        if precision.device.type == "cpu":
-            keep_memory()
-            # Pictures are drawn 1.1 to 1.3 times as fast so (docs/recipe.md).
-            precision = replace(precision, layout="channels_last")
-        model = build_model(self.config, precision)
+        model = build_model(self.config, self._here(precision))
         checkpoint.load_into(model, weights, path)
         return model, path
 
@@ -177,11 +165,28 @@ class Run:
         from snowmelt.models import build_learner
 
         path = self.state_of(state)
-        learner = build_learner(self.config, precision)
+        learner = build_learner(self.config, self._here(precision))
         checkpoint.load_into(learner.model, checkpoint.load(path, "average"), path)
         if (path / "optimizer.safetensors").exists():
             learner.load_optimizer(checkpoint.load(path, "optimizer"))
         return learner
+
+    def _here(self, precision: Precision) -> Precision:
+        """How a model of this run computes in this process, which is made ready for it."""
+        import torch
+
+        from snowmelt.device import keep_memory, most_threads, threads_for
+
+        size, found = self.config.data.size, self.config.training.threads
+        # Its training may have found that more are faster.
+        torch.set_num_threads(max(threads_for(size), min(found, most_threads(size))))
+        # Training in the same process may have asked for less.
+        torch.set_float32_matmul_precision("highest")
+        if precision.device.type != "cpu":
+            return precision
+        keep_memory()
+        # Pictures are drawn 1.1 to 1.3 times as fast so (docs/recipe.md).
+        return replace(precision, layout="channels_last")
 
     def status(self) -> dict[str, Any]:
         """What the run last said of itself; empty before it said anything."""

@@ -216,14 +216,15 @@ def _drawn(
 def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
     """One PNG and one JSON for each picture."""
     from snowmelt.data.pixels import to_pixels
-    from snowmelt.pictures import picture, png_of
+    from snowmelt.pages.markup import png
+    from snowmelt.pictures import picture
 
     files: dict[str, bytes] = {}
     for one, pixels in zip(group, to_pixels(images), strict=True):
         name = None if one.label is None else facts["classes"][one.label]
         note = {key: value for key, value in facts.items() if key not in ("classes", "drawing")} | facts["drawing"]
         note |= {"seed": one.seed, "number": one.number, "class": name, "command": _command(facts, one, name)}
-        files[f"{one.stem}.png"] = png_of(picture(pixels))
+        files[f"{one.stem}.png"] = png(picture(pixels))
         files[f"{one.stem}.json"] = json.dumps(note, indent=1, ensure_ascii=False).encode()
     return write_together(out, files)
 

@@ -33,20 +33,25 @@ def seeded(seed: int, purpose: str) -> Generator[None]:
 
 
 def noise_source(
-    seeds: Sequence[int], images: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
+    seeds: Sequence[int],
+    images: Sequence[int],
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+    purpose: str = "sample",
 ) -> Callable[[int], Images]:
     """Noise for pictures, by step: step 0 is the noise a picture starts from, later steps what a sampler adds.
 
     Args:
         seeds, images: one seed and one image number for each picture of the batch.
         shape: (channels, height, width) of one picture.
+        purpose: what it is for, when that is not drawing.
 
     The noise is made on the CPU, so that every device draws the same picture.
     """
 
     def noise(step: int) -> Images:
         rows = [
-            torch.randn(shape, generator=generator(seed, "sample", image, step))
+            torch.randn(shape, generator=generator(seed, purpose, image, step))
             for seed, image in zip(seeds, images, strict=True)
         ]
         return torch.stack(rows).to(device)

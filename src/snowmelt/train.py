@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from snowmelt.config import Config, DataConfig
 from snowmelt.errors import UserError, option_of, options_given
-from snowmelt.files import make_folder
+from snowmelt.files import holds_else, make_folder
 from snowmelt.presets import check_length, check_seconds, check_size, facts_of
 from snowmelt.tables import to_tables
 from snowmelt.terminal import Log, console, words_of
@@ -137,9 +137,7 @@ def _existing(path: Path, options: TrainOptions) -> Run | None:
         return run
     if path.is_file():
         raise UserError(f"{path} is a file; name a folder for the run with --out.")
-    # A process that was killed before config.toml existed leaves these.
-    ours = ("data", "log.txt")
-    if path.is_dir() and any(child.name not in ours and child.name[0] != "." for child in path.iterdir()):
+    if holds_else(path):
         raise UserError(f"{path} exists and is not a run; choose another --out.")
     return None
 
@@ -193,8 +191,7 @@ def _settled(
     choice = partial(resolve, facts_of(data), options, overrides)
     check_size(choice())
     given = overrides["training"]
-    asked = given.get("precision", "auto")
-    return fitted(choice, data, pick_device(options.device), asked=asked, given=given, log=log)
+    return fitted(choice, data, pick_device(options.device), given=given, log=log)
 
 
 def _prepare(out: Path, options: TrainOptions, seed: int, say: Console) -> Prepared:

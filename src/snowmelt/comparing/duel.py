@@ -19,7 +19,7 @@ from typing import Any
 
 from snowmelt.comparing.budget import Shares
 from snowmelt.comparing.options import CompareOptions
-from snowmelt.errors import Stopped, UserError
+from snowmelt.errors import Stopped, UserError, option_of
 from snowmelt.files import write_atomic
 from snowmelt.run import Run, is_run
 from snowmelt.terminal import Log, words_of
@@ -27,6 +27,8 @@ from snowmelt.training.signals import Stop
 
 POLL = 0.2
 """Seconds between looks at a training process."""
+CHANGEABLE = {"duration", "models", "samples", "spaces", "inception", "dinov2"}
+"""Options that may change as long as no time has been shared out and nothing measured: pictures depend on none."""
 
 
 @dataclass
@@ -58,14 +60,14 @@ class Ledger:
             return Ledger(path, request)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged; compare again with another --out.") from error
-        # As long as no time has been shared out, more of it may be given.
         changed = sorted(name for name in request if ledger.request.get(name) != request[name])
-        if changed == ["duration"] and ledger.shares is None:
+        if changed and ledger.shares is None and "measuring" not in spent and {*changed} <= CHANGEABLE:
             ledger.request, changed = request, []
         if changed:
+            names = ", ".join("the pictures" if name == "sources" else option_of(name) for name in changed)
             raise UserError(
-                f"{path.parent} was begun with other options ({', '.join(changed)}); repeat that command to continue "
-                "it, or choose another --out."
+                f"{path.parent} was begun with other options ({names}); repeat that command to continue it, or choose "
+                "another --out."
             )
         return ledger
 
@@ -82,13 +84,18 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
-        """Count the time of the block as spent on `name`, also when it is left early."""
-        begin, before = time.monotonic(), self.spent.get(name, 0.0)
+        """Count the time of the block as spent on `name`, also when it is left early; but of a command that is refused
+        before anything was kept nothing is, so that it can be corrected."""
+        begin, before, refused = time.monotonic(), self.spent.get(name, 0.0), False
         try:
             yield
+        except UserError:
+            refused = not self.path.exists()
+            raise
         finally:
             self.spent[name] = before + time.monotonic() - begin
-            self.save()
+            if not refused:
+                self.save()
 
 
 def train_models(

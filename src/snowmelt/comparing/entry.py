@@ -136,7 +136,7 @@ def over_time(run: Run, options: EvaluateOptions, spaces: list[Space]) -> list[d
     for state in states:
         at = dataclasses.replace(options, state=state, samples=count)
         drawn = draw(order_of(run, at), at.processes)
-        figures = in_spaces(spaces, data, drawn, seed=at.seed, names=OVER_TIME_METRICS)
+        figures = in_spaces(spaces, data, drawn.pixels, seed=at.seed, names=OVER_TIME_METRICS)
         counters = checkpoint.read_state(run.state_of(state))
         points.append(
             {

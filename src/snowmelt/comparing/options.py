@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from snowmelt.config import FAMILIES
-from snowmelt.errors import UserError, choose
+from snowmelt.errors import UserError, choose, options_given
 from snowmelt.terminal import seconds_of
 
 LEAST_SECONDS = 180.0
@@ -90,11 +90,8 @@ def check(options: CompareOptions) -> None:
 
 def check_runs(options: CompareOptions) -> None:
     """Refuse a comparison of runs that is none."""
-    plain = {field.name: field.default for field in dataclasses.fields(options)}
-    given = [name for name in TRAINED_ONLY if getattr(options, name) != plain[name]]
-    if given:
-        names = ", ".join("--for" if name == "duration" else f"--{name}" for name in given)
-        raise UserError(f"Finished runs are compared as they are; leave {names} away.")
+    if given := options_given(options, TRAINED_ONLY):
+        raise UserError(f"Finished runs are compared as they are; leave {given} away.")
     if len(options.sources) < 2:
         raise UserError("One run alone is no comparison; name two or more, or see `snowmelt report RUN`.")
     if len({Path(source).resolve() for source in options.sources}) < len(options.sources):

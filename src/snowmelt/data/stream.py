@@ -42,6 +42,13 @@ class Batch(NamedTuple):
     labels: Labels | None
 
 
+def batch_of(data: Prepared, rows: np.ndarray, device: torch.device) -> Batch:
+    """Pictures of the dataset as a learner is given them."""
+    images = to_images(torch.from_numpy(np.ascontiguousarray(data.images[rows]))).to(device)
+    labels = None if data.labels is None else torch.from_numpy(data.labels[rows]).to(device)
+    return Batch(images, labels)
+
+
 class Stream:
     """Batches of training pictures by step.
 

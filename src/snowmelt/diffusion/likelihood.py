@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from snowmelt.diffusion.denoiser import Denoise
-from snowmelt.diffusion.noise import add_noise, alpha_sigma
+from snowmelt.diffusion.noise import add_noise, alpha_sigma, fresh_share, shaped
 from snowmelt.diffusion.process import data_term, gaussian_kl
-from snowmelt.diffusion.variance import Variance, fresh_share, posterior
+from snowmelt.diffusion.variance import Variance, posterior
 from snowmelt.diffusion.walk import NoiseSource
 from snowmelt.shapes import Grid, Images, Level, Levels
 
@@ -176,7 +176,7 @@ def _step_term(
         x = add_noise(x0, noise, level)
         error = (denoise(x, level) - x0).double()
         alpha_next, _ = alpha_sigma(following, x)
-        share = fresh_share(log_snr, following).reshape(-1, *[1] * (x.ndim - 1))
+        share = shaped(fresh_share(log_snr, following), x)
         mean = alpha_next * share * error
         wanted, given = posterior(x, log_snr, following), variance(x, log_snr, following)
         return gaussian_kl(mean, wanted, torch.zeros_like(mean), given.double()).flatten(1).sum(1)

@@ -20,8 +20,8 @@ from functools import partial
 from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.diffusion.grids import churned, restarted
 from snowmelt.diffusion.multistep import COUNTED, DATA, NOISE, Form, combined, fresh_scale, tau_of
-from snowmelt.diffusion.noise import alpha_sigma
-from snowmelt.diffusion.variance import Variance, fresh_share, posterior
+from snowmelt.diffusion.noise import alpha_sigma, fresh_share
+from snowmelt.diffusion.variance import Variance, posterior
 from snowmelt.diffusion.walk import Advance, Fresh, NoiseSource, Sampler, Step, evaluate, walk
 from snowmelt.shapes import Grid, Images, Level, Path
 
@@ -163,7 +163,6 @@ class Method:
     """A name of `GRIDS`: how its levels are spaced when nothing else is asked for."""
     order: int | None
     """With n levels its error is proportional to n^-order; None where fresh noise leaves no path to compare."""
-    about: str
     how: Multistep | None = None
     """Where its steps are those of `multistep`: how it makes them."""
 
@@ -172,30 +171,32 @@ class Method:
         return self.sampler(denoise, x, log_snrs, noise_source)
 
 
-def _solver(how: Multistep, grid: str, order: int | None, about: str) -> Method:
-    return Method(partial(multistep, how=how), grid, order, about, how)
+def _solver(how: Multistep, grid: str, order: int | None) -> Method:
+    return Method(partial(multistep, how=how), grid, order, how)
 
 
 _EULER = Multistep()
 
 SAMPLERS: dict[str, Method] = {
-    "ddpm": Method(ancestral, "time", None, "fresh noise at every step"),
-    "ddim": _solver(_EULER, "time", 1, "no fresh noise"),
-    "euler": _solver(_EULER, "karras", 1, "DDIM: Euler's step on dx = noise d(sigma / alpha)"),
-    "euler_ancestral": Method(ancestral, "karras", None, "DDPM: Euler down to less than wanted, then noise"),
-    "heun": Method(heun, "karras", 2, "two evaluations for each level"),
-    "heun_churn": Method(heun_churn, "karras", None, "Heun with EDM's churn"),
-    "dpmpp_1s": _solver(_EULER, "log_snr", 1, "DPM-Solver++ of first order: DDIM"),
-    "dpmpp_2m": _solver(Multistep(order=2), "log_snr", 2, "DPM-Solver++ from two answers"),
-    "dpmpp_3m": _solver(Multistep(order=3), "log_snr", 3, "DPM-Solver++ from three answers"),
-    "dpmpp_2m_sde": _solver(Multistep(order=2, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
-    "dpmpp_2m_late": _solver(
-        Multistep(order=2, late=2.0), "log_snr", None, "the same with fresh noise only where the picture outweighs it"
-    ),
-    "dpmpp_3m_sde": _solver(Multistep(order=3, eta=1.0), "log_snr", None, "the same with DDPM's fresh noise"),
-    "unipc": _solver(Multistep(order=3, corrected=True), "log_snr", 4, "three answers, each step corrected"),
-    "deis": _solver(Multistep(order=3, form=NOISE), "log_snr", 3, "the noise of three answers"),
-    "ipndm": _solver(Multistep(order=4, form=COUNTED), "karras", 2, "the noise of four, as if evenly spaced"),
-    "predictor_corrector": Method(predictor_corrector, "time", None, "DDPM, then Langevin at the same level"),
-    "restart": Method(restart, "karras", None, "Heun, the middle of the way taken again from added noise"),
+    "ddpm": Method(ancestral, "time", None),
+    "ddim": _solver(_EULER, "time", 1),
+    # Euler's step on dx = noise d(sigma / alpha) is DDIM's.
+    "euler": _solver(_EULER, "karras", 1),
+    # Down to less noise than is wanted, then noise: DDPM's.
+    "euler_ancestral": Method(ancestral, "karras", None),
+    "heun": Method(heun, "karras", 2),
+    "heun_churn": Method(heun_churn, "karras", None),
+    # Of first order DPM-Solver++ is DDIM.
+    "dpmpp_1s": _solver(_EULER, "log_snr", 1),
+    "dpmpp_2m": _solver(Multistep(order=2), "log_snr", 2),
+    "dpmpp_3m": _solver(Multistep(order=3), "log_snr", 3),
+    "dpmpp_2m_sde": _solver(Multistep(order=2, eta=1.0), "log_snr", None),
+    # With fresh noise only where the picture outweighs it.
+    "dpmpp_2m_late": _solver(Multistep(order=2, late=2.0), "log_snr", None),
+    "dpmpp_3m_sde": _solver(Multistep(order=3, eta=1.0), "log_snr", None),
+    "unipc": _solver(Multistep(order=3, corrected=True), "log_snr", 4),
+    "deis": _solver(Multistep(order=3, form=NOISE), "log_snr", 3),
+    "ipndm": _solver(Multistep(order=4, form=COUNTED), "karras", 2),
+    "predictor_corrector": Method(predictor_corrector, "time", None),
+    "restart": Method(restart, "karras", None),
 }

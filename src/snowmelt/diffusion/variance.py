@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from snowmelt.diffusion.denoiser import Denoise
-from snowmelt.diffusion.noise import add_noise, alpha_sigma
+from snowmelt.diffusion.noise import add_noise, alpha_sigma, fresh_share, shaped
 from snowmelt.diffusion.schedules import interpolate
 from snowmelt.shapes import Grid, Images
 
@@ -27,23 +27,14 @@ Variance: TypeAlias = Callable[[Images, Tensor, Tensor], Tensor]
 """(x, log_snr, following) -> the variance of the step from `log_snr` to the cleaner `following`, broadcast over x."""
 
 
-def fresh_share(log_snr: Tensor, following: Tensor) -> Tensor:
-    """c = 1 - exp(l - m): the share of the noise that a DDPM step from l to the cleaner m draws anew."""
-    return -torch.expm1(log_snr - following)
-
-
-def _like(x: Images, share: Tensor) -> Tensor:
-    return share.reshape(-1, *[1] * (x.ndim - 1)) if share.ndim else share
-
-
 def forward(x: Images, log_snr: Tensor, following: Tensor) -> Tensor:
     """beta_t = 1 - alpha_l^2 / alpha_m^2, the larger bound."""
-    return alpha_sigma(log_snr, x)[1] ** 2 * _like(x, fresh_share(log_snr, following))
+    return alpha_sigma(log_snr, x)[1] ** 2 * shaped(fresh_share(log_snr, following), x)
 
 
 def posterior(x: Images, log_snr: Tensor, following: Tensor) -> Tensor:
     """beta_tilde_t, the variance of q(x_m | x_l, x0), the smaller bound."""
-    return alpha_sigma(following, x)[1] ** 2 * _like(x, fresh_share(log_snr, following))
+    return alpha_sigma(following, x)[1] ** 2 * shaped(fresh_share(log_snr, following), x)
 
 
 VARIANCES: dict[str, Variance] = {"posterior": posterior, "forward": forward}
@@ -75,8 +66,8 @@ def analytic(log_snrs: Grid, powers: list[float]) -> Variance:
         alpha_next, _ = alpha_sigma(following, x)
         # Var(x0 | x) = (sigma / alpha)^2 (1 - power); in data of +-1 it is at most 1 (their second theorem).
         unknown = (torch.exp(-log_snr) * (1 - power.reshape(log_snr.shape).to(log_snr))).clamp(max=1.0)
-        reach = alpha_next * _like(x, fresh_share(log_snr, following))
-        return posterior(x, log_snr, following) + reach**2 * _like(x, unknown)
+        reach = alpha_next * shaped(fresh_share(log_snr, following), x)
+        return posterior(x, log_snr, following) + reach**2 * shaped(unknown, x)
 
     return variance
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from snowmelt import __version__
 from snowmelt.checkpoint import digest_of
 from snowmelt.data.prepared import spread_rows
-from snowmelt.data.stream import Batch
+from snowmelt.data.stream import Batch, batch_of
 from snowmelt.device import make_precision, pick_device
 from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.diffusion.likelihood import bound, hutchinson, ode_bits
@@ -25,12 +25,12 @@ from snowmelt.diffusion.variance import VARIANCES
 from snowmelt.errors import UserError, choose
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.drawing import make_ready
-from snowmelt.evaluation.levels import Errors, batch_of, joined
+from snowmelt.evaluation.held_out import Errors, joined
 from snowmelt.models import MODELS
 from snowmelt.models.base import Drawing, Model
 from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.run import Run
-from snowmelt.seeds import generator
+from snowmelt.seeds import generator, noise_source
 from snowmelt.shapes import Images, Labels
 from snowmelt.terminal import console
 
@@ -151,11 +151,12 @@ def _measured(
             plain = model.bind(None if held.labels is None else held.labels[some])
             variance = plain.variance if options.variance == "learned" else model.variances[options.variance]
             denoise = _counting(plain, partial(progress.advance, task))
-            noise = _normals(options.seed, "bits", rows, images)
+            seeds, shape = [options.seed] * len(rows), images.shape[1:]
+            noise = noise_source(seeds, rows.tolist(), shape, images.device, "bits")
             one = bound(denoise, images, grid, noise, variance=variance, terms=terms)
             parts.append({**one._asdict(), "bound": one.total})
             if coarse is not None:
-                signs = _normals(options.seed, "probes", rows, images)
+                signs = noise_source(seeds, rows.tolist(), shape, images.device, "probes")
                 ode = ode_bits(denoise, images, coarse, noise, trace=hutchinson(signs, options.probes))
                 parts[-1] |= {"ode": ode, "difference": one.total - ode}
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
@@ -169,16 +170,6 @@ def _counting(denoise: Denoise, count: Callable[[], None]) -> Denoise:
         return denoise(x, log_snr)
 
     return counting
-
-
-def _normals(seed: int, purpose: str, rows: np.ndarray, like: Images) -> Callable[[int], Images]:
-    """Standard normal noise by number, for each picture a function of its row; made on the CPU."""
-
-    def noise(number: int) -> Images:
-        each = [torch.randn(like.shape[1:], generator=generator(seed, purpose, int(row), number)) for row in rows]
-        return torch.stack(each).to(like.device)
-
-    return noise
 
 
 def _mean_of(values: Tensor) -> Mean:

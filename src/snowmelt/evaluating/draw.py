@@ -27,11 +27,10 @@ from snowmelt.data.pixels import to_pixels
 from snowmelt.data.workers import cores
 from snowmelt.device import make_precision, pick_device
 from snowmelt.errors import UserError
-from snowmelt.evaluation.drawing import class_by_chance, make_ready
+from snowmelt.evaluation.drawing import class_by_chance, make_ready, noise_of
 from snowmelt.models import MODELS
 from snowmelt.models.base import Drawing, Model
 from snowmelt.run import Run
-from snowmelt.seeds import noise_source
 from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import console
 
@@ -94,7 +93,7 @@ def seconds_per_picture(order: Order, processes: int) -> float:
     """About how long a picture will take, seen on a few."""
     run, threads = Run.open(Path(order.run)), torch.get_num_threads()
     count = _count(run, order, processes)
-    few = dataclasses.replace(order, numbers=order.numbers[:PILOT], threads=max(1, cores() // count))
+    few = dataclasses.replace(order, numbers=order.numbers[:PILOT], threads=_threads(count))
     try:
         model = _opened(run, few)
         list(_batches(run, model, dataclasses.replace(few, numbers=few.numbers[:1])))
@@ -112,6 +111,11 @@ def _count(run: Run, order: Order, processes: int) -> int:
     if MODELS[run.config.model].at_once or pick_device(order.device).type != "cpu":
         return 1
     return min(cores(), -(-len(order.numbers) // FEWEST))
+
+
+def _threads(count: int) -> int:
+    """Of each of so many processes; one alone takes what its run does."""
+    return 0 if count == 1 else max(1, cores() // count)
 
 
 def labels_of(run: Run, order: Order) -> list[int] | None:
@@ -141,14 +145,11 @@ def _opened(run: Run, order: Order) -> Model:
 
 
 def _batches(run: Run, model: Model, order: Order) -> Iterator[np.ndarray]:
-    data, device = run.config.data, model.precision.device
-    shape, labels = (data.channels, data.size, data.size), labels_of(run, order)
     for start in range(0, len(order.numbers), order.batch):
         numbers = order.numbers[start : start + order.batch]
-        told = None if labels is None else torch.tensor(labels[start : start + order.batch], device=device)
-        noise = noise_source([order.seed] * len(numbers), numbers, shape, device)
+        noise, labels = noise_of(run.config.data, order.seed, numbers, model.precision.device)
         pictures = noise(0)
-        for step in model.sample(noise, told, order.drawing):
+        for step in model.sample(noise, labels, order.drawing):
             pictures = step.x0
         yield to_pixels(pictures).cpu().numpy()
 
@@ -156,7 +157,7 @@ def _batches(run: Run, model: Model, order: Order) -> Iterator[np.ndarray]:
 def _spread(run: Run, order: Order, count: int, advance: Callable[[int], None]) -> tuple[np.ndarray, float]:
     """The pictures of `count` processes, each drawing every `count`-th."""
     data = run.config.data
-    threads = max(1, cores() // count)
+    threads = _threads(count)
     orders = [
         dataclasses.replace(order, numbers=order.numbers[place::count], threads=threads) for place in range(count)
     ]

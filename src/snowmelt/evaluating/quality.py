@@ -25,7 +25,7 @@ from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.classes import recognised
 from snowmelt.evaluation.drawing import usual
 from snowmelt.evaluation.features import Space, expected_seconds, open_spaces, real_features
-from snowmelt.evaluation.levels import errors_of
+from snowmelt.evaluation.held_out import errors_of
 from snowmelt.evaluation.memorization import Gap, Searched, find_copies, gaps
 from snowmelt.evaluation.metrics import METRICS, OF_FEATURES, Figure
 from snowmelt.evaluation.nearest import Rows
@@ -102,7 +102,7 @@ def measure_quality(
     drawn = draw(order, options.processes)
     begin = time.monotonic()
     rows, reference = reference_of(data)
-    figures = in_spaces(spaces, data, drawn, seed=options.seed)
+    figures = in_spaces(spaces, data, drawn.pixels, seed=options.seed)
     if spaces:
         figures += measure_patches(data.images[rows], drawn.pixels, seed=options.seed)
     classes = _classes(data, rows, drawn, spaces, options)
@@ -224,13 +224,13 @@ def seconds_of_measuring(data: Prepared, spaces: list[Space], samples: int, opti
 
 
 def in_spaces(
-    spaces: list[Space], data: Prepared, drawn: Drawn, *, seed: int, names: tuple[str, ...] = tuple(OF_FEATURES)
+    spaces: list[Space], data: Prepared, drawn: np.ndarray, *, seed: int, names: tuple[str, ...] = tuple(OF_FEATURES)
 ) -> list[Figure]:
-    """The figures `names` of drawn pictures in every space."""
+    """The figures `names` of drawn pictures, uint8 (pictures, height, width, channels), in every space."""
     found: list[Figure] = []
     for space in spaces:
         real = real_features(space, data, reference_of(data, space)[0])
-        found += measure(real, space.features(drawn.pixels), space.name, seed=seed, names=names)
+        found += measure(real, space.features(drawn), space.name, seed=seed, names=names)
     return found
 
 

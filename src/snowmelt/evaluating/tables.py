@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from snowmelt.pages.measures import percent, twins_share
+
 
 def quality_tables(found: dict[str, Any]) -> list[Table]:
     """The tables of a figures.json."""
@@ -49,9 +51,7 @@ def _classes(found: dict[str, Any]) -> list[Table]:
         table.add_column(name, justify="right" if name else "left")
     table.add_row("recognised beyond doubt", _share(classes["recognised"]), _share(classes["recognised_real"]))
     table.add_row("as the class asked for", _share(classes["as_asked"]), "")
-    table.add_row(
-        "rarest class", f"{min(classes['balance'].values()):.1%}", f"{min(classes['balance_real'].values()):.1%}"
-    )
+    table.add_row("rarest class", *(percent(min(classes[name].values())) for name in ("balance", "balance_real")))
     return [table]
 
 
@@ -61,9 +61,8 @@ def _copies(found: dict[str, Any]) -> list[Table]:
     table.add_column("")
     table.add_column("share", justify="right")
     table.add_row("near-copies among the drawn", _share([copies["share"], copies["low"], copies["high"]]))
-    twins = found["memorization"]["duplicates"] / max(1, found["memorization"]["held_out"])
-    table.add_row("the same among real held-out pictures: twins", f"{twins:.1%}")
-    table.add_row("the same among real held-out pictures: others", f"{copies['false_alarms']:.1%}")
+    table.add_row("the same among real held-out pictures: twins", percent(twins_share(found["memorization"])))
+    table.add_row("the same among real held-out pictures: others", percent(copies["false_alarms"]))
     table.add_row(
         "nearer to a training picture than held-out ones are", _share([closer[k] for k in ("share", "low", "high")])
     )
@@ -71,4 +70,4 @@ def _copies(found: dict[str, Any]) -> list[Table]:
 
 
 def _share(three: list[float]) -> str:
-    return f"{three[0]:.1%} ({three[1]:.1%} to {three[2]:.1%})"
+    return f"{percent(three[0])} ({percent(three[1])} to {percent(three[2])})"

@@ -4,6 +4,7 @@ run, a measured variance."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,11 @@ from snowmelt import checkpoint
 from snowmelt.config import DataConfig
 from snowmelt.data.pixels import to_images
 from snowmelt.data.prepared import mean_pictures
+from snowmelt.data.stream import batch_of
 from snowmelt.diffusion.grids import given_grid, log_snr_grid
 from snowmelt.diffusion.variance import Variance, analytic, noise_power
+from snowmelt.diffusion.walk import NoiseSource
 from snowmelt.errors import UserError, option_of
-from snowmelt.evaluation.levels import batch_of
 from snowmelt.files import write_atomic
 from snowmelt.models import build_model, check_drawing
 from snowmelt.models.base import Drawing, Model, classes_of
@@ -29,7 +31,7 @@ from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run
 from snowmelt.seeds import generator, noise_source
-from snowmelt.shapes import Grid, Images
+from snowmelt.shapes import Grid, Images, Labels
 
 MEASURED_LEVELS, MEASURED_PICTURES = 40, 128
 """At how many levels, and on how many pictures, the variance of `--variance analytic` is measured: a smooth curve of
@@ -67,6 +69,20 @@ def make_ready(run: Run, state: Path, model: Model, drawing: Drawing) -> None:
 def class_by_chance(data: DataConfig, seed: int, number: int) -> int:
     """The class of a picture that is asked for without one, by its seed and number: see `classes_of`."""
     return int(classes_of(data, torch.randn(1, generator=generator(seed, "class", number))))
+
+
+def in_parts(numbers: range, batch: int) -> list[range]:
+    """The numbers, `batch` and `batch`."""
+    return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
+
+
+def noise_of(
+    data: DataConfig, seed: int, numbers: Sequence[int], device: torch.device
+) -> tuple[NoiseSource, Labels | None]:
+    """The noise of pictures that are asked for by seed and number alone, and their classes, where there are any."""
+    classes = [class_by_chance(data, seed, number) for number in numbers] if data.classes else []
+    noise = noise_source([seed] * len(numbers), numbers, (data.channels, data.size, data.size), device)
+    return noise, torch.tensor(classes, device=device) if classes else None
 
 
 def early_model(run: Run, model: DiffusionModel) -> DiffusionModel:
@@ -136,7 +152,7 @@ def _kept(path: Path, weights: str) -> tuple[list[float], list[float]] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     rising = all(low < high for low, high in pairwise(levels))
-    return (levels, powers) if known["weights"] == weights and len(levels) == len(powers) > 1 and rising else None
+    return (levels, powers) if known.get("weights") == weights and len(levels) == len(powers) > 1 and rising else None
 
 
 def _powers(run: Run, model: DiffusionModel, grid: Grid) -> list[float]:

@@ -31,7 +31,7 @@ from snowmelt.evaluation.nearest import (
     nearest_features,
     nearest_pixels,
 )
-from snowmelt.evaluation.shares import Share, wilson
+from snowmelt.evaluation.shares import NORMAL, Share, wilson
 from snowmelt.shapes import Features
 
 SAME = 2.0
@@ -44,7 +44,6 @@ MOST = 0.4
 LEAST = 20
 """Held-out pictures needed."""
 PAIRS = 16
-_NORMAL = 1.959964
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _worst(found: list[Nearest], suspicions: list[Tensor]) -> Nearest:
 def _closer(ours: Nearest, theirs: Nearest) -> Share:
     """How many are nearer than the median held-out picture; the interval knows that the median is an estimate too."""
     share = (ours.distance < theirs.distance.median()).double().mean().item()
-    reach = _NORMAL * math.sqrt(share * (1 - share) / len(ours.distance) + 0.25 / len(theirs.distance))
+    reach = NORMAL * math.sqrt(share * (1 - share) / len(ours.distance) + 0.25 / len(theirs.distance))
     return Share(share, max(0.0, share - reach), min(1.0, share + reach))
 
 
@@ -230,7 +229,7 @@ def _gap(name: str, train: Tensor, held_out: Tensor) -> Gap:
 
 def _student(freedom: float) -> float:
     """The 97.5 % point of Student's t by Fisher's expansion; within 0.5 % from 4 degrees of freedom on."""
-    z, n = 1.959964, freedom
+    z, n = NORMAL, freedom
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / n + second / n**2 + third / n**3

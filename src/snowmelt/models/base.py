@@ -20,6 +20,11 @@ from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.shapes import Features, Images, Labels, Levels
 
 
+def finished(noise: Images, pictures: Images) -> Step:
+    """The only step of a family that draws at once: pictures without any noise left."""
+    return Step(noise, torch.tensor(torch.inf), pictures)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How pictures are drawn; a family reads what applies to it."""

@@ -20,7 +20,7 @@ from snowmelt.diffusion.guidance import GUIDANCES, THRESHOLDS, once, rescaled, w
 from snowmelt.diffusion.levels import LEVELS, LEVELS_STATE, Drawn
 from snowmelt.diffusion.linear import LinearEstimate
 from snowmelt.diffusion.loss import WEIGHTS, denoising_losses
-from snowmelt.diffusion.noise import add_noise, alpha_sigma
+from snowmelt.diffusion.noise import add_noise, alpha_sigma, fresh_share, shaped
 from snowmelt.diffusion.process import gaussian_kl
 from snowmelt.diffusion.samplers import SAMPLERS, ancestral, multistep
 from snowmelt.diffusion.schedules import (
@@ -34,7 +34,7 @@ from snowmelt.diffusion.schedules import (
     table,
     table_time,
 )
-from snowmelt.diffusion.variance import VARIANCES, Variance, fresh_share, interpolated, posterior
+from snowmelt.diffusion.variance import VARIANCES, Variance, interpolated, posterior
 from snowmelt.diffusion.walk import NoiseSource, Sampler, Step
 from snowmelt.errors import UserError, choose
 from snowmelt.models.base import Drawing, Model, Update, count_parameters
@@ -323,7 +323,7 @@ def variance_losses(denoiser: Denoiser, x0: Images, log_snr: Levels, x: Images, 
     """
     following = linear((ddpm_time(log_snr) - 1) / (len(ddpm_betas()) - 1))
     alpha_next, _ = alpha_sigma(following, x0)
-    reach = alpha_next * fresh_share(log_snr, following).reshape(alpha_next.shape)
+    reach = alpha_next * shaped(fresh_share(log_snr, following), x0)
     x0_hat = denoiser.image(x, log_snr, answer.detach())
     true = posterior(x, log_snr, following)
     kl = gaussian_kl(reach * x0, true, reach * x0_hat, interpolated(share(x, answer), x, log_snr, following))

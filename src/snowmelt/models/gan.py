@@ -30,7 +30,7 @@ from snowmelt.device import Precision
 from snowmelt.diffusion.editing import slerp
 from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.models.augment import Change, draw_change
-from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, latents_of
+from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, finished, latents_of
 from snowmelt.models.optimizer import Optimizer, step_together, under
 from snowmelt.networks.adversarial import Critic, Generator
 from snowmelt.seeds import seeded
@@ -40,8 +40,6 @@ BETAS = (0.0, 0.99)
 """Of Adam: no momentum, since the other network has moved on by the next step."""
 COLUMNS = 8
 """Pictures on the way from one to another."""
-CERTAIN = torch.inf
-"""The log-SNR of a finished picture."""
 
 
 class GANModel(Model):
@@ -80,7 +78,7 @@ class GANModel(Model):
         self.eval()
         with torch.no_grad():
             x0 = self.images(*self.start(noise, labels)).clamp(-1, 1)
-        yield Step(noise(0), torch.tensor(CERTAIN), x0)
+        yield finished(noise(0), x0)
 
     def shows(self, noise: NoiseSource, held_out: Batch) -> dict[str, list[Images]]:
         """In each row the way from one picture to another of its class: see `Model`."""

@@ -29,7 +29,7 @@ from snowmelt.diffusion.editing import slerp
 from snowmelt.diffusion.process import data_term, gaussian_kl
 from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.errors import choose
-from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, latents_of
+from snowmelt.models.base import Drawing, Model, Update, classes_of, count_parameters, finished, latents_of
 from snowmelt.models.optimizer import Optimizer, step_together
 from snowmelt.models.sharpness import CRITIC, CRITIC_STATE, Critic, patch_distance
 from snowmelt.networks.autoencoder import Autoencoder
@@ -266,7 +266,7 @@ class VAEModel(Model):
         with torch.no_grad():
             latents = self.prior(labels, len(start)).draw(drawn[:, :-1].unflatten(1, self.shape))
             picture = self.pictured(latents, self.network.embed(labels, len(start)))
-        yield Step(start, torch.tensor(0.0), picture)
+        yield finished(start, picture)
 
     @torch.no_grad()
     def shows(self, noise: NoiseSource, held_out: Batch) -> dict[str, list[Images]]:

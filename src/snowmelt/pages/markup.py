@@ -32,7 +32,7 @@ def plain(text: object) -> str:
 
 
 def png(image: Image.Image) -> bytes:
-    """The bytes of a PNG."""
+    """The bytes of a PNG, as few as there can be."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -26,7 +26,6 @@ def fitted(
     data: Prepared,
     device: torch.device,
     *,
-    asked: str,
     given: Mapping[str, Any],
     log: Callable[[str], object],
 ) -> tuple[Config, float | None]:
@@ -36,10 +35,9 @@ def fitted(
 
     Args:
         choice: the configuration, of what it should be told: `images`, `gpu` and `large` of `snowmelt.presets.preset`.
-        asked: the precision; "auto" for the faster one.
         given: what the person has set of [training].
     """
-    config = choice()
+    config, asked = choice(), given.get("precision", "auto")
     seconds = config.training.seconds
     again = partial(measure, data=data, device=device, given=given)
     ask = partial(again, asked=asked)

@@ -11,6 +11,7 @@ import torch
 
 from snowmelt.config import Config, TrainingConfig
 from snowmelt.data.prepared import Prepared
+from snowmelt.data.stream import batch_of
 from snowmelt.device import (
     DTYPES,
     GAIN,
@@ -26,7 +27,6 @@ from snowmelt.device import (
     time_of,
     use_tensor_cores,
 )
-from snowmelt.evaluation.levels import batch_of
 from snowmelt.models import MODELS, build_learner
 from snowmelt.models.base import Learner
 from snowmelt.networks.group_norm import channels_last_pays

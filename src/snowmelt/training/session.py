@@ -13,12 +13,11 @@ import torch
 
 from snowmelt.config import TrainingConfig
 from snowmelt.data.prepared import Prepared, spread_rows
-from snowmelt.data.stream import Batch, Stream
+from snowmelt.data.stream import Batch, Stream, batch_of
 from snowmelt.data.workers import cores
 from snowmelt.device import PLAIN, convolution_ratio, has_room, keep_memory, pick_device, use_tensor_cores
 from snowmelt.ema import Average
 from snowmelt.errors import NO_MEMORY, Stopped, UserError, out_of_memory
-from snowmelt.evaluation.levels import batch_of
 from snowmelt.models.base import Learner
 from snowmelt.networks.group_norm import compiled
 from snowmelt.run import Run

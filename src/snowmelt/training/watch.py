@@ -19,13 +19,15 @@ from torch import Tensor
 from snowmelt import checkpoint
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import Prepared, spread_rows
+from snowmelt.data.stream import batch_of
 from snowmelt.device import memory_in_use
 from snowmelt.ema import Average
 from snowmelt.evaluation.curves import plot_curves
-from snowmelt.evaluation.levels import Errors, batch_of, errors_in_parts, joined
+from snowmelt.evaluation.held_out import Errors, errors_in_parts, joined
 from snowmelt.evaluation.memorization import gaps
 from snowmelt.models.base import Learner
-from snowmelt.pictures import png_of, save_png, sheet, strip
+from snowmelt.pages.markup import png
+from snowmelt.pictures import save_png, sheet, strip
 from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run
 from snowmelt.seeds import noise_source
@@ -238,7 +240,7 @@ class Watch:
         left = self.previews.limit(ways * self.drawing_seconds, FINAL_SHARE * (self.plan.config.seconds or inf))
         self.drawing_seconds, times = left * self.drawing_seconds, left * times
         begin = time.monotonic()
-        png_of(sheet(pictures, self.previews.columns))
+        png(sheet(pictures, self.previews.columns))
         self.saving_seconds = times * (time.monotonic() - begin)
         self._plot()
         foreseen = self.drawing_seconds, self.saving_seconds, self.errors_seconds, self.plotting_seconds

@@ -13,6 +13,7 @@ from snowmelt.data.prepared import spread_rows
 from snowmelt.diffusion.grids import given_grid
 from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.errors import UserError
+from snowmelt.evaluation.drawing import in_parts, noise_of
 from snowmelt.evaluation.features import Space, open_spaces, real_features
 from snowmelt.evaluation.metrics import frechet_of
 from snowmelt.evaluation.neighbours import Pair
@@ -21,7 +22,6 @@ from snowmelt.models.diffusion import DiffusionModel
 from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run
 from snowmelt.shapes import Features
-from snowmelt.tuning.search import noises
 
 JUDGED, REAL = 256, 2000
 """Pictures drawn with each candidate, and training pictures, between which the distance is measured."""
@@ -78,7 +78,9 @@ class Judge:
         """The Frechet distance of `JUDGED` pictures, made of the same noise for every drawing."""
         pixels: list[np.ndarray] = []
         # Of other noise than the trajectories.
-        for noise, labels in noises(self.model, self.seed + 1, JUDGED, drawn_at_once(self.model.config)):
+        config, device = self.model.config, self.model.precision.device
+        for numbers in in_parts(range(JUDGED), drawn_at_once(config)):
+            noise, labels = noise_of(config.data, self.seed + 1, numbers, device)
             *_, last = self.model.sample(noise, labels, drawing)
             pixels.append(to_pixels(last.x0).cpu().numpy())
         self.judged()

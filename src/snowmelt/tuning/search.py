@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from rich.progress import Progress
 
 from snowmelt.diffusion.multistep import Form
 from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.search import Costs, Trajectories
 from snowmelt.diffusion.walk import NoiseSource, Step
-from snowmelt.evaluation.drawing import class_by_chance
+from snowmelt.evaluation.drawing import in_parts, noise_of
 from snowmelt.models.base import Drawing
 from snowmelt.models.diffusion import DiffusionModel
-from snowmelt.seeds import noise_source
 from snowmelt.shapes import Images, Labels
 
 FINE = 41
@@ -76,20 +73,11 @@ class Bench:
         return Trial(drawing, (sum(squares) / len(squares)) ** 0.5)
 
 
-def noises(model: DiffusionModel, seed: int, count: int, batch: int) -> Iterator[tuple[NoiseSource, Labels | None]]:
-    """The noise of `count` pictures, `batch` at a time, and, where there are classes, what they show."""
-    data, device = model.config.data, model.precision.device
-    for start, stop in pairwise([*range(0, count, batch), count]):
-        numbers, shape = range(start, stop), (data.channels, data.size, data.size)
-        classes = [class_by_chance(data, seed, number) for number in numbers] if data.classes else []
-        noise = noise_source([seed] * len(numbers), numbers, shape, device)
-        yield noise, torch.tensor(classes, device=device) if classes else None
-
-
 def walks(model: DiffusionModel, *, pictures: int, seed: int, progress: Progress) -> Iterator[tuple[Part, list[Step]]]:
     """Batches of `pictures` pictures with their walks over `FINE` levels."""
     most = max(1, min(LARGEST_BATCH, LARGEST_BATCH * LARGE**2 // model.config.data.size**2))
-    batches = list(noises(model, seed, pictures, most))
+    data, device = model.config.data, model.precision.device
+    batches = [noise_of(data, seed, numbers, device) for numbers in in_parts(range(pictures), most)]
     work = progress.add_task("Trajectories", total=len(batches) * FINE)
     for noise, labels in batches:
         walk: list[Step] = []

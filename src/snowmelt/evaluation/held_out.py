@@ -9,19 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snowmelt.data.pixels import to_images
 from snowmelt.data.prepared import Prepared
-from snowmelt.data.stream import Batch
+from snowmelt.data.stream import batch_of
 from snowmelt.models.base import Learner
 from snowmelt.seeds import generator
-
-
-def batch_of(data: Prepared, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pictures of the dataset as a learner is given them."""
-    images = to_images(torch.from_numpy(np.ascontiguousarray(data.images[rows]))).to(device)
-    labels = None if data.labels is None else torch.from_numpy(data.labels[rows]).to(device)
-    return Batch(images, labels)
-
 
 Errors: TypeAlias = dict[str, Tensor]
 """One error for each picture, by name."""
