@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +16,18 @@ from rich.console import Console
 
 import zoo
 from snowmelt.data import prepared
-from snowmelt.data.prepared import HEADER_BYTES, Prepared, is_prepared, mean_pictures, npy_header, open_prepared
+from snowmelt.data.prepared import (
+    HEADER_BYTES,
+    Prepared,
+    flat_share,
+    is_prepared,
+    mean_pictures,
+    npy_header,
+    open_prepared,
+)
 from snowmelt.errors import UserError
 from snowmelt.prepare import PrepareOptions, prepare
+from snowmelt.presets import FLAT, facts_of
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +64,39 @@ def test_a_copy_elsewhere_is_the_same_dataset(original, copy):
 
 def test_plain_numpy_reads_it(original):
     np.testing.assert_array_equal(np.load(original.path / "images.npy"), original.images)
+
+
+def test_drawings_are_flat_and_photographs_are_not(monkeypatch):
+    """A quarter of the picture is white, and so are a quarter of the pairs of neighbours, but one column; grey noise
+    has a pair in 256 by chance, coloured noise none."""
+    chance = np.random.default_rng(0)
+    for channels, by_chance in ((1, 1 / 256), (3, 0.0)):
+        pixels = chance.integers(0, 256, (40, 32, 32, channels), dtype=np.uint8)
+        rows = np.arange(30)
+        data = Prepared(Path(), pixels, None, (), None, rows, rows[:0], 0.0, 0.5, "flat")
+        assert flat_share(data) == pytest.approx(by_chance, abs=1e-3)
+        pixels[:30, :, :8] = 255
+        assert flat_share(data) == pytest.approx(7 / 31 + by_chance * 24 / 31, abs=1e-3)
+        monkeypatch.setattr(prepared, "LOOKED_BYTES", 1)
+        assert flat_share(data) == pytest.approx(7 / 31 + by_chance * 24 / 31, abs=2e-3), "sixteen will do"
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "drawn"), [("emoji", 32, True), ("mnist-train", 32, True), ("dogs", 64, False)]
+)
+def test_real_pictures_are_told_apart(tmp_path, name, size, drawn):
+    source = Path(__file__).parents[2] / "shared" / "data" / f"{name}.zip"
+    if not source.exists():
+        pytest.skip("the real pictures are not here")
+    with zipfile.ZipFile(source) as archive:
+        names = [one for one in archive.namelist() if one.lower().endswith((".png", ".jpg", ".jpeg"))]
+        archive.extractall(tmp_path / "pictures", names[:: max(1, len(names) // 40)])
+    made = prepare(
+        PrepareOptions(str(tmp_path / "pictures"), tmp_path / "data", size=size), Console(file=io.StringIO())
+    )
+    flat = facts_of(made).flat
+    assert (flat > 2 * FLAT) if drawn else (flat < FLAT / 2)
 
 
 def test_mean_pictures_are_those_of_the_classes(original, monkeypatch):

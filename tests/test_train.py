@@ -28,7 +28,9 @@ from snowmelt.presets import (
     BRIEF,
     BRIEF_RATE,
     DROPOUT,
+    FLAT,
     LINEAR,
+    LINEAR_LIMIT,
     OFTEN,
     REPEATED,
     SMALLEST_BATCH,
@@ -191,6 +193,24 @@ def test_pictures_that_are_seen_again_and_again_are_changed():
     asked = {"training": {}, "diffusion": {"augment": 0.0}}
     options = TrainOptions("pictures", duration="60s")
     assert resolve(data, options, asked, images=10**9).diffusion.augment == 0
+
+
+@pytest.mark.parametrize(("size", "limit"), [(32, LINEAR_LIMIT), (64, 2 * LINEAR_LIMIT)])
+def test_a_linear_estimate_is_for_short_runs(size, limit):
+    """Of drawings: by time, by steps, and where nobody knows how long; not where somebody says otherwise."""
+    data, options = DataConfig(size, 3, flat=FLAT), TrainOptions("pictures")
+    photographs = dataclasses.replace(data, flat=FLAT - 0.01)
+    assert preset(photographs, "diffusion", images=10**7).diffusion.linear == LINEAR
+    shown = [preset(data, "diffusion", images=images).diffusion.linear for images in (None, limit - 1, limit)]
+    assert shown == [LINEAR, LINEAR, 0]
+    for steps, given, directions in (
+        (limit // 100 - 1, {}, LINEAR),
+        (limit // 100, {}, 0),
+        (limit // 100, {"linear": 8}, 8),
+        (10, {"predicts": "v"}, 0),
+    ):
+        asked = {"training": {"steps": steps, "batch": 100}, "diffusion": given}
+        assert resolve(data, options, asked).diffusion.linear == directions
 
 
 def test_steps_say_how_often_pictures_are_seen_too():

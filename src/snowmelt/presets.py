@@ -48,9 +48,13 @@ REPEATED, AUGMENT = 300, 0.15
 OFTEN, DROPOUT = 500, 0.1
 """How often such a network must see each picture to be trained with dropout, which slows learning at first."""
 
-LINEAR = 64
-"""Directions of the linear estimate that a network is shown (docs/recipe.md), but for the larger one of a GPU, with
-which it was not measured."""
+LINEAR, LINEAR_LIMIT = 64, 60_000
+"""Directions of the linear estimate that a network is shown, and images from which on it is not if they are of
+drawings, of pictures above 40 pixels twice as many: there it errs less with it, but draws farther from real ones
+(docs/recipe.md). The larger network of a GPU never is."""
+FLAT = 0.15
+"""The share of neighbouring pixels that are exactly alike from which on pictures are drawings: photographs have a few
+per cent, emoji and digits a third and more."""
 
 EXPORTED = ("noise", "image", "v")
 """What other libraries' networks predict: whoever asks for that may want to export the run, and they are shown no
@@ -101,6 +105,8 @@ FLATTEST = 1e-6
 
 def facts_of(data: Prepared) -> DataConfig:
     """What a model is told of its training pictures."""
+    from snowmelt.data.prepared import flat_share
+
     counts: tuple[int, ...] = ()
     if data.labels is not None:
         counted = Counter(data.labels[data.train].tolist())
@@ -116,6 +122,7 @@ def facts_of(data: Prepared) -> DataConfig:
         len(data.train),
         data.background,
         data.fit,
+        round(flat_share(data), 4),
     )
 
 
@@ -174,6 +181,12 @@ def augment_for(pictures: int) -> float:
 def changed_for(data: DataConfig, images: int | None) -> float:
     """Probability of each change to pictures that a diffusion model sees: none where each is seen a few times."""
     return AUGMENT if images is not None and images >= REPEATED * data.pictures > 0 else 0.0
+
+
+def shown_for(data: DataConfig, images: int | None) -> int:
+    """Directions of the linear estimate: none where many images are going to be seen, of drawings."""
+    limit = LINEAR_LIMIT * (1 if data.size <= SMALL else 2)
+    return LINEAR if data.flat < FLAT or images is None or images < limit else 0
 
 
 def is_brief(data: DataConfig, images: int | None) -> bool:
@@ -259,7 +272,7 @@ def preset(
     network, training = network_for(data), choose(_TRAINING, model, "model")(data, images, gpu)
     if model == "diffusion" and is_brief(data, images):
         network = narrowed(network)
-    linear = LINEAR
+    linear = shown_for(data, images)
     if large and model == "diffusion" and (larger := plentiful(data)) is not None:
         (network, training), linear = larger, 0
         if images is not None and images >= OFTEN * data.pictures > 0:

@@ -23,7 +23,7 @@ from snowmelt.errors import UserError
 from snowmelt.evaluating.draw import Drawn, Order, draw, seconds_per_picture
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.classes import recognised
-from snowmelt.evaluation.drawing import usual
+from snowmelt.evaluation.drawing import in_a_single_step, usual
 from snowmelt.evaluation.features import Space, expected_seconds, open_spaces, real_features
 from snowmelt.evaluation.held_out import errors_of
 from snowmelt.evaluation.memorization import Gap, Searched, find_copies, gaps
@@ -179,9 +179,7 @@ def check_run(run: Run, options: EvaluateOptions) -> None:
     given = {"sampler": options.sampler, "steps": options.steps}
     asked = [name for name, value in given.items() if value is not None] + ["guidance"] * (options.guidance != 1)
     if asked and is_at_once(run):
-        raise UserError(
-            f"{run.path} holds a {run.config.model} model, which draws in a single step; leave --{asked[0]} away."
-        )
+        raise in_a_single_step(run, asked[0])
     if run.status().get("state") == "training" and is_locked(run.path):
         raise UserError(f"{run.path} is still training; wait for it, or stop it with Ctrl-C and measure what it has.")
     run.state_of(options.state)

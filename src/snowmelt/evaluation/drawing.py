@@ -51,9 +51,7 @@ def make_ready(run: Run, state: Path, model: Model, drawing: Drawing) -> None:
         name = next(
             field.name for field in fields(Drawing) if getattr(drawing, field.name) != getattr(plain, field.name)
         )
-        raise UserError(
-            f"{run.path} holds a {run.config.model} model, which draws in a single step; leave {option_of(name)} away."
-        )
+        raise in_a_single_step(run, name)
     if isinstance(model, DiffusionModel):
         model.grid(drawing)
         if drawing.away_from == "early" and drawing.guidance != 1:
@@ -64,6 +62,13 @@ def make_ready(run: Run, state: Path, model: Model, drawing: Drawing) -> None:
         if drawing.mean_first:
             model.means = mean_images(run).to(model.precision.device)
         model.sampler(drawing, model.bind(None))
+
+
+def in_a_single_step(run: Run, name: str) -> UserError:
+    """That a setting of drawing does not apply to the family of `run`."""
+    return UserError(
+        f"{run.path} holds a {run.config.model} model, which draws in a single step; leave {option_of(name)} away."
+    )
 
 
 def class_by_chance(data: DataConfig, seed: int, number: int) -> int:

@@ -14,7 +14,7 @@ from snowmelt import __version__
 from snowmelt.config import FAMILIES, Config, DataConfig, config_tables
 from snowmelt.data.source import resolved
 from snowmelt.errors import UserError, choose, nearest, option_of
-from snowmelt.presets import DEFAULT_SECONDS, EXPORTED, changed_for, preset
+from snowmelt.presets import DEFAULT_SECONDS, EXPORTED, changed_for, preset, shown_for
 from snowmelt.tables import from_table, to_tables
 from snowmelt.terminal import seconds_of
 
@@ -170,10 +170,12 @@ def resolve(
         training.setdefault("seconds", DEFAULT_SECONDS)
     tables = to_tables(tables)
     config = from_table(Config, tables, str(options.config or "the options"))
-    if config.training.steps is not None and "augment" not in overrides.get("diffusion", {}):
-        # No time to fit anything to, but how often each picture is going to be seen is known.
-        augment = changed_for(data, config.training.steps * config.training.batch)
-        config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, augment=augment))
+    if config.training.steps is not None:
+        # No time to fit anything to, but how many images are going to be seen is known.
+        seen, shown = config.training.steps * config.training.batch, config.diffusion.linear
+        known = {"augment": changed_for(data, seen), "linear": min(shown, shown_for(data, seen))}
+        kept = {name: value for name, value in known.items() if name not in overrides.get("diffusion", {})}
+        config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, **kept))
     return dataclasses.replace(config, data=data, request=request_of(options))
 
 
