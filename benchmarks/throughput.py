@@ -109,12 +109,12 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     import numpy as np
     import torch
 
-    from snowmelt.config import Config, TrainingConfig
+    from snowmelt.config import Config, DiffusionConfig, TrainingConfig
     from snowmelt.data.prepared import Prepared
     from snowmelt.data.stream import Stream
     from snowmelt.ema import Average
     from snowmelt.models import build_learner
-    from snowmelt.presets import facts_of
+    from snowmelt.presets import LINEAR, facts_of
     from snowmelt.seeds import generator
     from snowmelt.training.measure import measure as measured
     from snowmelt.training.measure import precision_of
@@ -125,6 +125,7 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     config = Config(
         facts_of(data),
         network=unet_of(network),
+        diffusion=DiffusionConfig(linear=LINEAR if network == DEFAULT else 0),
         training=TrainingConfig(steps=100_000, batch=batch),
     )
     cpu = torch.device("cpu")

@@ -141,6 +141,7 @@ def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
     assert start(pictures, tmp_path / "run", small, "--steps", "30", "--plan", "--flip") == 0
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "about 30 of 16 images: 480, 13 times each picture" in said
+    assert "shown beside the best linear estimate, along 64 directions changes half" in said
     assert "changes half of the pictures mirrored average" in said
 
 
@@ -196,11 +197,13 @@ def test_pictures_that_are_seen_again_and_again_are_changed():
 
 
 @pytest.mark.parametrize(("size", "limit"), [(32, LINEAR_LIMIT), (64, 2 * LINEAR_LIMIT)])
-def test_a_linear_estimate_is_for_short_runs(size, limit):
-    """Of drawings: by time, by steps, and where nobody knows how long; not where somebody says otherwise."""
+def test_long_runs_of_drawings_are_shown_no_linear_estimate(size, limit):
+    """By time, by steps, and where nobody knows how long; not where somebody says otherwise."""
     data, options = DataConfig(size, 3, flat=FLAT), TrainOptions("pictures")
     photographs = dataclasses.replace(data, flat=FLAT - 0.01)
     assert preset(photographs, "diffusion", images=10**7).diffusion.linear == LINEAR
+    by_steps = {"training": {"steps": 10**6}, "diffusion": {}}
+    assert resolve(photographs, options, by_steps).diffusion.linear == LINEAR
     shown = [preset(data, "diffusion", images=images).diffusion.linear for images in (None, limit - 1, limit)]
     assert shown == [LINEAR, LINEAR, 0]
     for steps, given, directions in (

@@ -50,11 +50,12 @@ class DataConfig:
     fit: str = "crop"
     """How they were made square: crop or pad."""
     flat: float = 0.0
-    """The share of neighbouring pixels that are exactly alike: small of photographs, large of drawings."""
+    """The share of places that are exactly like their neighbours: small of photographs, large of drawings."""
 
     def __post_init__(self) -> None:
         _require("data", self, ("size", "std"), above=0)
-        _require("data", self, ("flat",), above=-1)
+        if not 0 <= self.flat <= 1:
+            raise UserError(f"data.flat is {self.flat}; give a share from 0 to 1.")
         _require("data", self, ("pictures",), above=-1)
         if self.channels not in (1, 3):
             raise UserError(f"data.channels is {self.channels}; give 1 (grey) or 3 (colour).")

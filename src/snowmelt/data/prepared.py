@@ -161,15 +161,21 @@ def spread_rows(rows: np.ndarray, most: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
 
 
+FLAT_PLACES = 32
+"""Places side by side, of which neighbours are compared: the finer pictures are, the more alike are their pixels."""
 LOOKED_AT, LOOKED_BYTES = 1000, 64 << 20
 """Training pictures that say how flat all are, and bytes of them, at most (16 of any size)."""
 
 
 def flat_share(data: Prepared) -> float:
-    """The share of horizontal neighbours among the pixels of training pictures that are exactly alike: of photographs
-    a few per cent, of drawings and digits, which stand on one colour, a third and more."""
+    """The share of places in training pictures that are exactly like the one beside them, a 32nd of the width away.
+
+    Of photographs it is a few per cent, of drawings and digits, which stand on one colour, a third and more;
+    photographs that were padded stand on one colour, too.
+    """
     most = max(16, min(LOOKED_AT, LOOKED_BYTES // data.images[0].nbytes))
-    some = (data.images[row] for row in spread_rows(data.train, most))
+    step = max(1, data.size // FLAT_PLACES)
+    some = (data.images[row, ::step, ::step] for row in spread_rows(data.train, most))
     alike = [(one[:, 1:] == one[:, :-1]).all(-1).mean() for one in some]
     return float(np.mean(alike)) if alike else 0.0
 

@@ -46,6 +46,7 @@ def plan_table(config: Config, images_per_second: float | None) -> Table:
         "updates": updates_of(config, images_per_second),
         "learning rate": f"{training.learning_rate:g} by {training.optimizer}, rising over "
         f"{min(training.warmup, updates // 5)} updates, falling to 0 over the last {training.decay:.0%}",
+        **({"shown beside": _shown(config)} if config.model == "diffusion" else {}),
         "changes": _changes(config),
         "average": f"of the weights, as wide as {training.average:.0%} of the run",
         "previews": f"at most {WATCH_SHARE:.0%} of the time",
@@ -67,6 +68,12 @@ def _changes(config: Config) -> str:
         "gan": (config.gan.augment, "to all pictures that the critic sees"),
     }.get(config.model, (0.0, ""))
     return ", ".join([*mirrored, *([f"{told}, each with probability {changed:g}"] if changed else [])]) or "none"
+
+
+def _shown(config: Config) -> str:
+    """What the network is shown beside the noisy picture, in words."""
+    directions = config.diffusion.linear
+    return f"the best linear estimate, along {directions} directions" if directions else "nothing"
 
 
 def updates_in(config: Config, speed: float | None) -> int:
