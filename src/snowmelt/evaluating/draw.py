@@ -27,7 +27,7 @@ from snowmelt.data.pixels import to_pixels
 from snowmelt.data.workers import cores
 from snowmelt.device import make_precision, pick_device
 from snowmelt.errors import UserError
-from snowmelt.evaluation.drawing import class_by_chance, make_ready, noise_of
+from snowmelt.evaluation.drawing import class_by_chance, in_parts, make_ready, noise_of
 from snowmelt.models import MODELS
 from snowmelt.models.base import Drawing, Model
 from snowmelt.run import Run
@@ -145,8 +145,7 @@ def _opened(run: Run, order: Order) -> Model:
 
 
 def _batches(run: Run, model: Model, order: Order) -> Iterator[np.ndarray]:
-    for start in range(0, len(order.numbers), order.batch):
-        numbers = order.numbers[start : start + order.batch]
+    for numbers in in_parts(order.numbers, order.batch):
         noise, labels = noise_of(run.config.data, order.seed, numbers, model.precision.device)
         pictures = noise(0)
         for step in model.sample(noise, labels, order.drawing):

@@ -76,7 +76,7 @@ def class_by_chance(data: DataConfig, seed: int, number: int) -> int:
     return int(classes_of(data, torch.randn(1, generator=generator(seed, "class", number))))
 
 
-def in_parts(numbers: range, batch: int) -> list[range]:
+def in_parts(numbers: Sequence[int], batch: int) -> list[Sequence[int]]:
     """The numbers, `batch` and `batch`."""
     return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from snowmelt.diffusion.walk import Step
-from snowmelt.evaluation.drawing import SHARP, SMOOTH, detail, keep_suited
+from snowmelt.evaluation.drawing import SHARP, SMOOTH, detail, in_parts, keep_suited
 from snowmelt.models.base import Drawing, Model
 from snowmelt.pictures import moments_of
 from snowmelt.presets import drawn_at_once
@@ -76,7 +76,7 @@ class Previews:
         parts = list[list[Images]]()
         for part in self._parts():
             moments, pictures = list[Images](), None
-            shown = [index - part.start for index in self._of_strip() if index in part]
+            shown = [index - part[0] for index in self._of_strip() if index in part]
             for step in self._steps(part, drawing or DRAWING):
                 if self.stop.requested:
                     return None
@@ -113,7 +113,7 @@ class Previews:
         Returns:
             The seconds, what has become of those pictures, and how many times as many there are in all.
         """
-        part, taken = next(self._parts()), list[float]()
+        part, taken = self._parts()[0], list[float]()
         steps, pictures = self._steps(part, DRAWING), None
         while len(taken) < (1 if self.model.at_once else TRIED) and (len(taken) < 2 or sum(taken) <= most):
             begin = time.monotonic()
@@ -127,18 +127,17 @@ class Previews:
         times = self._count() / len(part)
         return each * times, pictures, times
 
-    def _steps(self, part: range, drawing: Drawing) -> Iterator[Step]:
+    def _steps(self, part: Sequence[int], drawing: Drawing) -> Iterator[Step]:
         """From noise to some of the pictures."""
         data, labels = self.run.config.data, self._labels()
         shape = (data.channels, data.size, data.size)
         noise = noise_source([self.run.config.training.seed] * len(part), part, shape, self.device)
-        some = None if labels is None else labels[part.start : part.stop]
+        some = None if labels is None else labels[list(part)]
         yield from self.model.sample(noise, some, drawing)
 
-    def _parts(self) -> Iterator[range]:
+    def _parts(self) -> list[Sequence[int]]:
         """The pictures, as many at once as a model draws."""
-        count, most = self._count(), drawn_at_once(self.run.config)
-        return (range(begin, min(begin + most, count)) for begin in range(0, count, most))
+        return in_parts(range(self._count()), drawn_at_once(self.run.config))
 
     def _of_strip(self) -> list[int]:
         """The pictures that a strip shows: the first of a row."""
