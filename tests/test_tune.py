@@ -149,6 +149,21 @@ def test_the_best_of_both_kinds_is_moved():
     assert judge.moved_on(distance, judged[:1], 1) == (judged[0], judged[0])
 
 
+def test_moves_begin_also_at_what_fewer_steps_have_found():
+    """A valley that bumps keep more steps from, and fewer do not: there the last level is lower."""
+    start = judge.Judged(2.0, Drawing(sampler="unipc", levels=(-9.0, -4.0, 1.0, 6.0, 11.0), mean_first=True))
+    fewer = Drawing(sampler="deis", levels=(-9.0, -6.0, 4.0))
+
+    def distance(drawing: Drawing) -> float:
+        return abs(drawing.levels[-1] - 3.0) if drawing.levels[-1] < 5 else 9.0
+
+    assert judge.moved_on(distance, [start], 1) == (start, start)
+    best, begun = judge.moved_on(distance, [start], 1, fewer)
+    assert begun.drawing.levels == pytest.approx((-9, -7, -8 / 3, 4)) and begun.distance == 1
+    assert best.distance == 0 and best.drawing.levels[-1] == 3 and best.drawing.answers == 4
+    assert judge.respaced(fewer, 3) == fewer, "as many are the same"
+
+
 def test_there_are_no_moves_to_where_nothing_is():
     short = Drawing(sampler="dpmpp_2m", levels=(-0.4, 0.4))
     assert judge.ended(short, 1) is None and judge.started(short, 1) is None, "the levels would fall"

@@ -56,7 +56,7 @@ def tune(options: TuneOptions) -> Path:
     from snowmelt.evaluation.drawing import keep_tuned, mean_images
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
-    from snowmelt.tuning.judge import JUDGED, MOVED, Judge, Judged, moved_on, short
+    from snowmelt.tuning.judge import JUDGED, MOVED, STARTS, Judge, Judged, moved_on, short
     from snowmelt.tuning.search import FINE, TRIED, USUAL, Bench, costs_of, even, learned, searched, trials, walks
 
     check(options)
@@ -86,10 +86,13 @@ def tune(options: TuneOptions) -> Path:
         candidates = {
             count: list(dict.fromkeys((*spaced[count], *searched(bench, costs, count)))) for count in options.counts
         }
-        progress.update(judging, total=sum(len(these) + 2 * MOVED for these in candidates.values()))
+        progress.update(judging, total=sum(len(these) + STARTS * MOVED for these in candidates.values()))
         progress.start_task(judging)
         judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}
-        kept = {count: moved_on(judge.distance, these, len(spaced[count])) for count, these in judged.items()}
+        kept, fewer = dict[int, tuple[Judged, Judged]](), None
+        for count, these in sorted(judged.items()):
+            kept[count] = moved_on(judge.distance, these, len(spaced[count]), fewer)
+            fewer = kept[count][0].drawing
     file = keep_tuned(run, state, {count: one.drawing for count, (one, _) in kept.items()})
     table = Table("steps", "best", "distance", "unmoved", *map(short, USUAL))
     for count, these in judged.items():

@@ -26,7 +26,9 @@ from snowmelt.shapes import Features
 JUDGED, REAL = 256, 2000
 """Pictures drawn with each candidate, and training pictures, between which the distance is measured."""
 MOVED = 12
-"""Moves of each of the two best candidates, at most, that real pictures judge."""
+"""Moves of each start, at most, that real pictures judge."""
+STARTS = 3
+"""Drawings that moves begin at, at most: see `moved_on`."""
 
 
 class Judged(NamedTuple):
@@ -87,13 +89,19 @@ class Judge:
         return frechet_of(Pair(self.real, self.space.features(np.concatenate(pixels))))
 
 
-def moved_on(distance: Callable[[Drawing], float], judged: list[Judged], even: int) -> tuple[Judged, Judged]:
+def moved_on(
+    distance: Callable[[Drawing], float], judged: list[Judged], even: int, fewer: Drawing | None = None
+) -> tuple[Judged, Judged]:
     """The nearest to real pictures that moves lead to, and where they began.
 
-    They begin at the best of the first `even` candidates and at the best of the searched ones: with few steps the
-    second can be far behind at first and far ahead in the end (docs/benchmarks.md).
+    They begin at the best of the first `even` candidates and at the best of the searched ones, since with few steps the
+    second can be far behind at first and far ahead in the end (docs/benchmarks.md); and at `fewer`, what fewer steps
+    had found, spread over as many levels: the fewer steps, the steeper the way down.
     """
     starts = [min(some, key=_distance) for some in (judged[:even], judged[even:]) if some]
+    if fewer is not None:
+        more = respaced(fewer, judged[0].drawing.answers)
+        starts.append(Judged(distance(more), more))
     return min(((improved(distance, start), start) for start in starts), key=lambda way: way[0].distance)
 
 
@@ -149,6 +157,17 @@ def ended(drawing: Drawing, way: int) -> Drawing | None:
 
 MOVES: tuple[Callable[[Drawing, int], Drawing | None], ...] = (fresher, ended, bent, started)
 """(drawing, 1 or -1) -> a drawing near to it, or None where there is none; in the order that they are tried."""
+
+
+def respaced(drawing: Drawing, answers: int) -> Drawing:
+    """At as many levels that the network is asked `answers` times, spread over the same range in the same way.
+
+    >>> respaced(Drawing(levels=(-9.0, -5.0, 5.0)), 5).levels
+    (-9.0, -7.0, -5.0, 0.0, 5.0)
+    """
+    places = np.linspace(0, len(drawing.levels) - 1, answers + drawing.mean_first)
+    levels = np.interp(places, range(len(drawing.levels)), drawing.levels)
+    return dataclasses.replace(drawing, levels=tuple(levels.tolist()))
 
 
 def with_levels(drawing: Drawing, levels: Iterable[float]) -> Drawing | None:
