@@ -40,6 +40,13 @@ def test_the_right_answer_gives_the_picture(predicts):
 
 
 @pytest.mark.parametrize("predicts", PREDICTS)
+def test_a_censored_answer_ends_where_pictures_do(predicts):
+    denoiser = Denoiser(Answer(textbook_target(predicts)), predicts, DATA_STD, censored=True)
+    assert X0.abs().max() > 1
+    torch.testing.assert_close(denoiser(X, LEVELS), X0.clamp(-1, 1), rtol=0, atol=2e-13)
+
+
+@pytest.mark.parametrize("predicts", PREDICTS)
 def test_the_target_of_the_loss_is_the_right_answer(predicts):
     _, c_skip, c_out = Denoiser(Answer(X), predicts, DATA_STD).coefficients(LEVELS, X)
     # Divided by c_out, which is e^-5 = 1/148 at the clean end.

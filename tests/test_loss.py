@@ -106,6 +106,60 @@ def test_the_exact_denoiser_has_the_variance_of_the_posterior_as_its_loss():
         assert abs(loss - least) < 4 * least * math.sqrt(2 / count), "four standard errors of a variance"
 
 
+@pytest.mark.parametrize("predicts", PREDICTS)
+def test_beyond_an_end_of_the_range_there_is_no_error(predicts):
+    """Of pixels that are there; whatever the network predicts, whose own error has the sign of c_out."""
+    x0 = X0.clamp(-1, 1)
+    assert 0.2 < (x0.abs() == 1).double().mean() < 0.5, "a third of a normal distribution lies beyond 1"
+    x = add_noise(x0, NOISE, LEVELS)
+    _, c_skip, c_out = Denoiser(Answer(x), predicts).coefficients(LEVELS, x)
+    believed = 2 * ESTIMATE
+    denoiser = Denoiser(Answer((believed - c_skip * x) / c_out), predicts, censored=True)
+    loss = denoising_loss(denoiser, x0, LEVELS, NOISE, weight=WEIGHTS["simple"])
+    error = torch.where(x0 == 1, believed.clamp(max=1), torch.where(x0 == -1, believed.clamp(min=-1), believed)) - x0
+    torch.testing.assert_close(loss, (LEVELS.exp()[:, None, None, None] * error**2).mean(), rtol=1e-11, atol=0)
+
+
+def test_the_best_estimate_of_what_may_be_an_end_is_still_its_mean():
+    """Seven of ten pixels are white, three grey; and where all are white, none is better than another beyond it."""
+    for grey, best in ((3, (7 + 3 * 0.2) / 10), (0, None)):
+        x0 = torch.tensor([1.0] * (10 - grey) + [0.2] * grey).reshape(10, 1, 1, 1)
+        level, estimates = torch.zeros(10), torch.linspace(0, 2, 201)
+        losses = torch.stack(
+            [
+                denoising_loss(
+                    Denoiser(Answer(estimate.expand_as(x0)), "image", censored=True),
+                    x0, level, torch.zeros_like(x0), weight=WEIGHTS["constant"],
+                )
+                for estimate in estimates
+            ]
+        )  # fmt: skip
+        if best is None:
+            assert (losses[estimates >= 1] == 0).all() and (losses[estimates < 1] > 0).all()
+        else:
+            assert abs(estimates[losses.argmin()] - best) < 0.006, "to half of what estimates lie apart"
+
+
+def test_a_censored_run_learns_no_more_once_it_is_beyond():
+    """White pictures and a network that says 2 of everything: its loss is 0, and so is its held-out error."""
+    network = UNetConfig(channels=(8,), attention=(False,), middle_attention=False)
+    data = DataConfig(8, 1, std=0.5)
+    for is_censored in (True, False):
+        config = Config(data, network=network, diffusion=DiffusionConfig(predicts="image", censored=is_censored))
+        learner = build_learner(config, Precision(torch.device("cpu")))
+        backbone = learner.model.denoiser.backbone
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.zero_()
+            backbone.conv_out.bias.fill_(2.0)
+        batch = Batch(torch.ones(4, 1, 8, 8), None)
+        loss = learner.update(batch, generator(0, "step"), 1e-3).losses["loss"]
+        errors = learner.held_out(batch, generator(0, "held out"))
+        wanted = 0.0 if is_censored else 1.0
+        assert loss == pytest.approx(wanted, abs=1e-3), "the first step of the optimizer comes after it"
+        assert errors["error at log-SNR +0"].mean() == pytest.approx(wanted, abs=0.05)
+
+
 def test_eight_pictures_are_learnt_by_heart():
     """A small network on eight pictures: their noise is predictable, and new draws are those pictures."""
     pictures = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(2)).round() * 2 - 1

@@ -179,11 +179,14 @@ def test_brief_runs_have_a_small_network_unless_somebody_says_how_it_looks():
 
 
 def test_whoever_asks_for_what_others_predict_can_export_the_run():
-    """No other library shows a network a linear estimate; who asks for both has both."""
+    """No other library shows a network a linear estimate, or counts on a clamp; who asks for both has both."""
     data, options = DataConfig(32, 3), TrainOptions("pictures")
     kinds = ({}, LINEAR), ({"predicts": "v"}, 0), ({"predicts": "v", "linear": 8}, 8), ({"predicts": "edm"}, LINEAR)
     for given, directions in kinds:
-        assert resolve(data, options, {"training": {}, "diffusion": given}).diffusion.linear == directions
+        diffusion = resolve(data, options, {"training": {}, "diffusion": given}).diffusion
+        assert (diffusion.linear, diffusion.censored) == (directions, given.get("predicts") != "v")
+    given = {"predicts": "v", "censored": True}
+    assert resolve(data, options, {"training": {}, "diffusion": given}).diffusion.censored
 
 
 def test_pictures_that_are_seen_again_and_again_are_changed():

@@ -151,17 +151,20 @@ def test_the_best_of_both_kinds_is_moved():
 
 def test_moves_begin_also_at_what_fewer_steps_have_found():
     """A valley that bumps keep more steps from, and fewer do not: there the last level is lower."""
-    start = judge.Judged(2.0, Drawing(sampler="unipc", levels=(-9.0, -4.0, 1.0, 6.0, 11.0), mean_first=True))
-    fewer = Drawing(sampler="deis", levels=(-9.0, -6.0, 4.0))
+    usual = Drawing(sampler="unipc", levels=(-9.0, -4.0, 1.0, 6.0))
+    found = Drawing(sampler="deis", levels=(-9.0, -8.0, -6.0, 4.0), mean_first=True)
 
     def distance(drawing: Drawing) -> float:
-        return abs(drawing.levels[-1] - 3.0) if drawing.levels[-1] < 5 else 9.0
+        return abs(drawing.levels[-1] - 3.0) if drawing.levels[-1] < 5 else 9.0 - (drawing == usual)
 
+    start = judge.Judged(distance(usual), usual)
     assert judge.moved_on(distance, [start], 1) == (start, start)
-    best, begun = judge.moved_on(distance, [start], 1, fewer)
-    assert begun.drawing.levels == pytest.approx((-9, -7, -8 / 3, 4)) and begun.distance == 1
-    assert best.distance == 0 and best.drawing.levels[-1] == 3 and best.drawing.answers == 4
-    assert judge.respaced(fewer, 3) == fewer, "as many are the same"
+    best, begun = judge.moved_on(distance, [start], 1, found)
+    # The mean is no answer of the network: four answers are five levels with it.
+    assert begun.drawing.levels == pytest.approx((-9, -8.25, -7, -3.5, 4)) and begun.distance == 1
+    assert best.distance == pytest.approx(0, abs=1e-9) and best.drawing.levels[-1] == pytest.approx(3)
+    assert best.drawing.answers == 4 and best.drawing.mean_first
+    assert judge.respaced(found, 3) == found, "as many are the same"
 
 
 def test_there_are_no_moves_to_where_nothing_is():
@@ -250,6 +253,24 @@ def test_real_pictures_decide(digits, monkeypatch):
     assert {one.sampler for one in seen} >= {Drawing().sampler}, "what draws when nothing is asked for"
     late = {one.levels for one in seen if one.sampler == "dpmpp_2m_late" and one.mean_first}
     assert len(late) == 2, "at its usual levels, and at searched ones"
+    file.unlink()
+
+
+def test_more_steps_begin_also_where_fewer_ended(digits, monkeypatch):
+    """In whatever order they are asked for: what four steps found is judged at levels for six."""
+    fewer(monkeypatch, fine=9, pictures=8, real=50)
+    seen: list[Drawing] = []
+
+    def distance(_judge: object, drawing: Drawing) -> float:
+        seen.append(drawing)
+        # Lower at 1.5 than at any usual end, so that what four steps find lies where no candidate for six does.
+        return abs(drawing.levels[-1] - 1.5) if drawing.answers == 4 else 99.0
+
+    monkeypatch.setattr(judge.Judge, "distance", distance)
+    file = tune(TuneOptions(digits, counts=(6, 4), samplers=("ddim",), pictures=8))
+    kept = json.loads(file.read_text())["steps"]["4"]
+    found = next(one for one in seen if one.levels == tuple(kept["levels"]) and one.sampler == kept["sampler"])
+    assert judge.respaced(found, 6) in seen
     file.unlink()
 
 

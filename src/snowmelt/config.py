@@ -175,6 +175,9 @@ class DiffusionConfig:
     linear: int = 0
     """Directions in which pictures differ most, whose variances make the linear estimate that the network is shown
     beside the noisy picture; 0: it is shown the noisy picture alone."""
+    censored: bool = False
+    """Whether a pixel at an end of the range, black or white, stands for all beyond it too: an answer that passes it
+    there is no error, and answers are cut off at both ends."""
 
     def __post_init__(self) -> None:
         _require("diffusion", self, ("linear",), above=-1)

@@ -58,7 +58,7 @@ emoji and digits a third and more."""
 
 EXPORTED = ("noise", "image", "v")
 """What other libraries' networks predict: whoever asks for that may want to export the run, and they are shown no
-linear estimate."""
+linear estimate, nor do all of their samplers cut off what is beyond white."""
 
 GPU_BATCHES = 4
 """How many times larger the smaller network's batch is on a GPU, which takes hardly longer for it (docs/recipe.md)."""
@@ -277,7 +277,7 @@ def preset(
         (network, training), linear = larger, 0
         if images is not None and images >= OFTEN * data.pictures > 0:
             network = dataclasses.replace(network, dropout=DROPOUT)
-    diffusion = DiffusionConfig(augment=changed_for(data, images), linear=linear)
+    diffusion = DiffusionConfig(augment=changed_for(data, images), linear=linear, censored=True)
     return Config(data, model, network, diffusion, vae=vae_for(data), gan=gan_for(data), training=training)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -188,17 +188,18 @@ def _in_turn(turn: list[int]) -> Callable[[int, int], int | None]:
 
 def _drawn(
     run: Run, model: Model, wanted: list[Wanted], drawing: Drawing, batch: int, *, strip: bool
-) -> Iterator[tuple[list[Wanted], list[Images]]]:
+) -> Iterator[tuple[Sequence[Wanted], list[Images]]]:
     """Batch by batch the pictures, and before them, for a strip, the noisy images of its rows at `MOMENTS` moments."""
     import torch
     from rich.progress import track
 
+    from snowmelt.evaluation.drawing import in_parts
     from snowmelt.pictures import moments_of
     from snowmelt.seeds import noise_source
 
     data, device = run.config.data, model.precision.device
     shape = (data.channels, data.size, data.size)
-    groups = [wanted[start : start + batch] for start in range(0, len(wanted), batch)]
+    groups = in_parts(wanted, batch)
     for number, group in enumerate(groups, 1):
         noise = noise_source([one.seed for one in group], [one.number for one in group], shape, device)
         labels = [one.label for one in group if one.label is not None]
@@ -213,7 +214,7 @@ def _drawn(
         yield group, [*(moments[index] for index in moments_of(len(moments), MOMENTS - 1)), pictures]
 
 
-def _write(out: Path, group: list[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
+def _write(out: Path, group: Sequence[Wanted], images: Images, facts: dict[str, Any]) -> list[Path]:
     """One PNG and one JSON for each picture."""
     from snowmelt.data.pixels import to_pixels
     from snowmelt.pages.markup import png

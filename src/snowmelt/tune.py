@@ -3,8 +3,8 @@
 Candidates come from trajectories of the run itself (`tuning/search.py`): levels at which few steps draw what many
 draw. Many steps need not draw best, since a network that has not learned everything is followed into all its errors,
 and fresh noise forgets a part of them. So the last word has the distance to real pictures (`tuning/judge.py`), and the
-best candidates are then moved for as long as that brings them nearer to these. The first answer, to nothing but noise,
-is the mean of the pictures wherever that helps, and costs nothing.
+best candidates, and what fewer steps have found, are then moved for as long as that brings them nearer to these. The
+first answer, to nothing but noise, is the mean of the pictures wherever that helps, and costs nothing.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def tune(options: TuneOptions) -> Path:
             kept[count] = moved_on(judge.distance, these, len(spaced[count]), fewer)
             fewer = kept[count][0].drawing
     file = keep_tuned(run, state, {count: one.drawing for count, (one, _) in kept.items()})
-    table = Table("steps", "best", "distance", "unmoved", *map(short, USUAL))
+    table = Table("steps", "best", "distance", "start", *map(short, USUAL))
     for count, these in judged.items():
         best, start = kept[count]
         shown = (best, start, *these[: len(USUAL)])

@@ -71,6 +71,8 @@ class Denoiser(nn.Module):
         backbone: `net(x, time, cond)`, an x-shaped function, or one with twice the channels: the others then say how
             sure it is (see `share`).
         first: (x, log_snr, cond) -> an estimate of x0 that the backbone is shown after x, where there is one.
+        censored: whether estimates are cut off at the ends of [-1, 1], which in training stand for all beyond them
+            (`loss.censored`).
         predicts: a name of `PREDICTS`.
         data_std: standard deviation of the training images in [-1, 1] units; only the "edm" row reads it.
         time_of: log_snr -> the number the backbone is told; the equivalent DDPM step, 0..999.
@@ -83,12 +85,13 @@ class Denoiser(nn.Module):
         data_std: float = 0.5,
         *,
         first: LinearEstimate | None = None,
+        censored: bool = False,
         time_of: Callable[[Tensor], Tensor] = ddpm_time,
     ) -> None:
         super().__init__()
         self.backbone, self.first = backbone, first
         self.row = choose(PREDICTS, predicts, "prediction")
-        self.data_std, self.time_of = data_std, time_of
+        self.censored, self.data_std, self.time_of = censored, data_std, time_of
 
     def coefficients(self, log_snr: Tensor, like: Images) -> Coefficients:
         """The row at `log_snr`, shaped to multiply `like`."""
@@ -112,7 +115,8 @@ class Denoiser(nn.Module):
     def image(self, x: Images, log_snr: Tensor, answer: Answers) -> Images:
         """x0 from an answer."""
         _, c_skip, c_out = self.coefficients(log_snr, x)
-        return c_skip * x + c_out * answer[:, : x.shape[1]]
+        x0 = c_skip * x + c_out * answer[:, : x.shape[1]]
+        return x0.clamp(-1, 1) if self.censored else x0
 
     def forward(self, x: Images, log_snr: Tensor, cond: Labels | None = None) -> Images:
         """x0: the expected clean image, given `x` at `log_snr` (one level, or one for each image)."""

@@ -3,7 +3,8 @@
     loss = mean  w |F(x, l) - F*|^2,      F* = (x0 - c_skip x) / c_out,      |x0_hat - x0|^2 = c_out^2 |F - F*|^2
 
 With `predicts="noise"` and the constant weight this is L_simple of DDPM; with "edm" it is the loss of EDM. The error
-of the noise is SNR times the error of the image, SNR c_out^2 |F - F*|^2.
+of the noise is SNR times the error of the image, SNR c_out^2 |F - F*|^2. In a censored run there is no error where a
+pixel is at an end of [-1, 1] and the estimate beyond it.
 (Ho et al. 2020, equation 14; and beside each weight.)
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from snowmelt.diffusion.denoiser import Denoiser
 from snowmelt.diffusion.levels import Drawn
 from snowmelt.diffusion.noise import BOUND, add_noise
+from snowmelt.diffusion.process import COLOURS
 from snowmelt.shapes import Answers, Images, Labels, Levels
 
 
@@ -90,6 +92,21 @@ WEIGHTS: dict[str, Weight] = {
 }
 
 
+END = 1 - 1 / (COLOURS - 1)
+"""Pixels farther from 0 than this are of the first or the last colour, whose bins go on without end."""
+
+
+def censored(error: Images, x0: Images) -> Images:
+    """The error x0_hat - x0, but 0 where `x0` is at an end of [-1, 1] and x0_hat beyond it.
+
+    The end stands for all that is as dark or as bright: for squared errors what the outermost bins of
+    `process.data_term` are for likelihoods, and what Tobin 1958 does with data that a limit cuts off. The best estimate
+    of a pixel that may also lie inside is still its mean. Of one that is at the end for certain any estimate beyond is
+    right, so that the network need not hit the end to draw it.
+    """
+    return error.masked_fill((x0.abs() > END) & (error * x0 > 0), 0)
+
+
 def denoising_losses(
     denoiser: Denoiser, x0: Images, drawn: Drawn, x: Images, answer: Answers, *, weight: Weight
 ) -> Levels:
@@ -103,6 +120,8 @@ def denoising_losses(
     """
     _, c_skip, c_out = denoiser.coefficients(drawn.log_snr, x)
     error = answer[:, : x.shape[1]] - (x0 - c_skip * x) / c_out
+    if denoiser.censored:
+        error = censored(c_out * error, x0) / c_out
     place = Place(drawn.log_snr, drawn.density, c_out.flatten(), denoiser.data_std)
     return weight(place) * (error**2).flatten(1).mean(1)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from snowmelt.presets import drawn_at_once
 from snowmelt.run import Run
 from snowmelt.seeds import generator, noise_source
 from snowmelt.shapes import Grid, Images, Labels
+
+One = TypeVar("One")
 
 MEASURED_LEVELS, MEASURED_PICTURES = 40, 128
 """At how many levels, and on how many pictures, the variance of `--variance analytic` is measured: a smooth curve of
@@ -76,9 +79,9 @@ def class_by_chance(data: DataConfig, seed: int, number: int) -> int:
     return int(classes_of(data, torch.randn(1, generator=generator(seed, "class", number))))
 
 
-def in_parts(numbers: Sequence[int], batch: int) -> list[Sequence[int]]:
-    """The numbers, `batch` and `batch`."""
-    return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
+def in_parts(pictures: Sequence[One], batch: int) -> list[Sequence[One]]:
+    """The pictures, or their numbers, `batch` and `batch`."""
+    return [pictures[start : start + batch] for start in range(0, len(pictures), batch)]
 
 
 def noise_of(

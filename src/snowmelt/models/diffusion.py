@@ -129,7 +129,9 @@ class DiffusionModel(Model):
         backbone = UNet(config.network, channels=shown, classes=classes, out=out, told=told)
         betas = diffusion.betas or ddpm_betas()
         time_of = partial(table_time, betas=betas)
-        self.denoiser = Denoiser(backbone, diffusion.predicts, data.std, first=first, time_of=time_of)
+        self.denoiser = Denoiser(
+            backbone, diffusion.predicts, data.std, first=first, censored=diffusion.censored, time_of=time_of
+        )
         self.uncertainty = Uncertainty() if diffusion.weight == "learned" else Certain()
         self.variances: dict[str, Variance] = dict(VARIANCES)
         """What `Drawing.variance` may name, but "learned"; an estimated one can be added."""

@@ -156,7 +156,7 @@ def resolve(
         chosen = dataclasses.replace(chosen, network=usual.network)
     tables = config_tables(dataclasses.replace(chosen, version=__version__))
     if overrides.get("diffusion", {}).get("predicts") in EXPORTED:
-        tables["diffusion"]["linear"] = 0
+        tables["diffusion"] |= {"linear": 0, "censored": False}
     for section, values in overrides.items():
         tables[section] = {**tables[section], **values}
     training = tables["training"]

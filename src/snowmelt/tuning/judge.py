@@ -96,7 +96,7 @@ def moved_on(
 
     They begin at the best of the first `even` candidates and at the best of the searched ones, since with few steps the
     second can be far behind at first and far ahead in the end (docs/benchmarks.md); and at `fewer`, what fewer steps
-    had found, spread over as many levels: the fewer steps, the steeper the way down.
+    had found, spread over as many levels, since moves that begin with more steps can stop at a bump on the way there.
     """
     starts = [min(some, key=_distance) for some in (judged[:even], judged[even:]) if some]
     if fewer is not None:
