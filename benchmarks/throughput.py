@@ -125,7 +125,7 @@ def snowmelt_step(network: str, batch: int) -> tuple[Callable[[], object], str, 
     config = Config(
         facts_of(data),
         network=unet_of(network),
-        diffusion=DiffusionConfig(linear=LINEAR if network == DEFAULT else 0),
+        diffusion=DiffusionConfig(linear=LINEAR if network == DEFAULT else 0, censored=network == DEFAULT),
         training=TrainingConfig(steps=100_000, batch=batch),
     )
     cpu = torch.device("cpu")

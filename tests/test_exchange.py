@@ -386,13 +386,13 @@ def test_notes_of_another_network_are_ignored(tmp_path):
 @pytest.mark.parametrize("classes", [(), ("cat", "dog")], ids=["no classes", "classes"])
 @torch.no_grad()
 def test_onnx_answers_alike(tmp_path, monkeypatch, classes):
-    """With a linear estimate of large pictures, too."""
+    """With a linear estimate of large pictures, and with answers that are cut off, too."""
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(linear, "FINEST", 4)
     small = UNetConfig(channels=(8,), attention=(False,), head_channels=4)
     network = dataclasses.replace(TINY, patch=2, channels=(8, 16)) if classes else small
     betas = tuple(np.linspace(0.001, 0.05, 200).tolist()) if classes else ()
-    predicts = {"predicts": "v", "linear": 4} if classes else {"predicts": "edm", "linear": 2}
+    predicts = {"predicts": "v", "linear": 4} if classes else {"predicts": "edm", "linear": 2, "censored": True}
     run = run_of(tmp_path / "run", classes=classes, network=network, betas=betas, **predicts)
     folder = exported(run, tmp_path / "folder", "--format", "onnx")
     about = json.loads((folder / "denoiser.json").read_text())

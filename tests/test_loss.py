@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from conftest import Answer
 from snowmelt.config import Config, DataConfig, DiffusionConfig, TrainingConfig, UNetConfig
+from snowmelt.data.pixels import to_images
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.diffusion.denoiser import PREDICTS, Denoiser
 from snowmelt.diffusion.exact import gaussian_denoiser
-from snowmelt.diffusion.loss import WEIGHTS, denoising_loss
+from snowmelt.diffusion.loss import WEIGHTS, censored, denoising_loss
 from snowmelt.diffusion.noise import add_noise, alpha_sigma
 from snowmelt.models import build_learner
 from snowmelt.models.base import Drawing
@@ -118,6 +119,13 @@ def test_beyond_an_end_of_the_range_there_is_no_error(predicts):
     loss = denoising_loss(denoiser, x0, LEVELS, NOISE, weight=WEIGHTS["simple"])
     error = torch.where(x0 == 1, believed.clamp(max=1), torch.where(x0 == -1, believed.clamp(min=-1), believed)) - x0
     torch.testing.assert_close(loss, (LEVELS.exp()[:, None, None, None] * error**2).mean(), rtol=1e-11, atol=0)
+
+
+def test_only_the_last_colours_are_ends():
+    """254 of 255 is a colour like another."""
+    x0 = to_images(torch.tensor([0, 1, 254, 255], dtype=torch.uint8).reshape(1, 1, 4, 1))
+    for error, wanted in ((0.1, [0.1, 0.1, 0.1, 0]), (-0.1, [0, -0.1, -0.1, -0.1])):
+        assert censored(torch.full_like(x0, error), x0).flatten().tolist() == pytest.approx(wanted)
 
 
 def test_the_best_estimate_of_what_may_be_an_end_is_still_its_mean():

@@ -8,9 +8,10 @@ Gaussian around x0_hat(z) of std sigma / alpha in the bins of the 256 values. Be
             v = dx/dl = (alpha x0_hat(x, l) - alpha^2 x) / 2,                the probability-flow ODE in log-SNR
 
 Every answer is an unbiased estimate for each picture, in bits per value ("bits/dim"), so that the mean over pictures
-has the standard error std / sqrt(pictures), the chance of noise, steps and probes included. `denoise` must not be
-clamped. A device with float64 is needed. (Ho et al. 2020, arXiv:2006.11239; Kingma et al. 2021, "Variational Diffusion
-Models", arXiv:2107.00630, for the decoder; Song et al. 2020, arXiv:2011.13456, equation 39, for the ODE.)
+has the standard error std / sqrt(pictures), the chance of noise, steps and probes included. `denoise` must be the
+model's own, without a threshold around it. A device with float64 is needed. (Ho et al. 2020, arXiv:2006.11239; Kingma
+et al. 2021, "Variational Diffusion Models", arXiv:2107.00630, for the decoder; Song et al. 2020, arXiv:2011.13456,
+equation 39, for the ODE.)
 """
 
 from __future__ import annotations
