@@ -57,8 +57,8 @@ FLAT = 0.15
 emoji and digits a third and more."""
 
 EXPORTED = ("noise", "image", "v")
-"""What other libraries' networks predict: whoever asks for that may want to export the run, and they are shown no
-linear estimate, nor do all of their samplers cut off what is beyond white."""
+"""What other libraries' networks predict: whoever asks for that may want to export the run. They are shown no linear
+estimate, and are not censored, since not all samplers there cut answers off."""
 
 GPU_BATCHES = 4
 """How many times larger the smaller network's batch is on a GPU, which takes hardly longer for it (docs/recipe.md)."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from snowmelt.diffusion.denoiser import Denoiser
 from snowmelt.diffusion.levels import Drawn
 from snowmelt.diffusion.noise import BOUND, add_noise
-from snowmelt.diffusion.process import COLOURS
+from snowmelt.diffusion.process import HALF_BIN
 from snowmelt.shapes import Answers, Images, Labels, Levels
 
 
@@ -92,10 +92,6 @@ WEIGHTS: dict[str, Weight] = {
 }
 
 
-END = 1 - 1 / (COLOURS - 1)
-"""Pixels farther from 0 than this are of the first or the last colour, whose bins go on without end."""
-
-
 def censored(error: Images, x0: Images) -> Images:
     """The error x0_hat - x0, but 0 where `x0` is at an end of [-1, 1] and x0_hat beyond it.
 
@@ -104,7 +100,7 @@ def censored(error: Images, x0: Images) -> Images:
     of a pixel that may also lie inside is still its mean. Of one that is at the end for certain any estimate beyond is
     right, so that the network need not hit the end to draw it.
     """
-    return error.masked_fill((x0.abs() > END) & (error * x0 > 0), 0)
+    return error.masked_fill((x0.abs() > 1 - HALF_BIN) & (error * x0 > 0), 0)
 
 
 def denoising_losses(

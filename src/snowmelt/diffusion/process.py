@@ -23,6 +23,8 @@ from snowmelt.errors import UserError
 
 COLOURS = 256
 """Values a stored pixel can take, evenly spaced over [-1, 1]."""
+HALF_BIN = 1 / (COLOURS - 1)
+"""Half of the distance between two of them, and so of the bin of each."""
 
 
 def check_betas(betas: Tensor) -> Tensor:
@@ -211,9 +213,8 @@ def data_term(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     The bins of the 256 values of [-1, 1] are 2/255 wide, and the outermost go on without end, so they share out all
     of the probability. Exact in the tails too, where a difference of two distribution functions would be 0.
     """
-    half = 1 / (COLOURS - 1)
-    low = torch.where(x0 < half - 1, -torch.inf, (x0 - half - mean) / std)
-    high = torch.where(x0 > 1 - half, torch.inf, (x0 + half - mean) / std)
+    low = torch.where(x0 < HALF_BIN - 1, -torch.inf, (x0 - HALF_BIN - mean) / std)
+    high = torch.where(x0 > 1 - HALF_BIN, torch.inf, (x0 + HALF_BIN - mean) / std)
     # Seen from the other side when the bin is above the mean: the left tail is the one with digits to spare.
     above = low + high > 0
     low, high = torch.where(above, -high, low), torch.where(above, -low, high)
