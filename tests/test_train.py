@@ -33,10 +33,14 @@ from snowmelt.presets import (
     LINEAR_LIMIT,
     OFTEN,
     REPEATED,
+    ROOM,
     SMALLEST_BATCH,
+    WIDENED,
+    WIDEST,
     facts_of,
     network_for,
     preset,
+    width_for,
 )
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, train
@@ -226,11 +230,28 @@ def test_steps_say_how_often_pictures_are_seen_too():
         assert resolve(data, options, asked).diffusion.augment == augment
 
 
-def test_only_a_gpu_with_time_has_a_larger_network():
-    """A CPU keeps the usual network, however long it trains; a GPU takes larger batches at least."""
+@pytest.mark.parametrize("size", [8, 32, 64, 256])
+def test_longer_runs_of_a_cpu_are_worth_a_wider_network(size):
+    """The longer the wider, up to a bound, and the less so the fewer pictures there are; each width can be built."""
+    data = DataConfig(size, 3, pictures=50_000)
+    usual, one = network_for(data), WIDENED * (16 if size == 8 else 1)
+    widths = [width_for(data, int(factor**4 * one)) for factor in (0.1, 1.2, 1.3, 1.9, 3.1, WIDEST, 9)]
+    assert widths == [1, 1, 1.5, 2, 3, WIDEST, WIDEST]
+    few = [dataclasses.replace(data, pictures=int(factor**2 * ROOM)) for factor in (0, 1, 2.1)]
+    assert [width_for(data, 100 * one) for data in few] == [1, 1, 2]
+    for halves in range(2, 9):
+        config = preset(data, "diffusion", images=10**6, width=halves / 2)
+        assert config.network == dataclasses.replace(usual, channels=tuple(halves * c // 2 for c in usual.channels))
+        build_learner(config, Precision(torch.device("meta")))
+    own = {"training": {}, "network": {"dropout": 0.1}}
+    kept = resolve(data, TrainOptions("pictures"), own, images=10**6, width=2.0).network
+    assert kept == dataclasses.replace(usual, dropout=0.1)
+
+
+def test_only_a_gpu_with_time_has_the_larger_network():
+    """One without time takes larger batches at least."""
     data = DataConfig(32, 3, pictures=50_000)
-    usual = preset(data, "diffusion", images=10**6)
-    assert all(preset(data, "diffusion", images=images).network == usual.network for images in (5 * 10**6, 10**9))
+    usual = preset(data, "diffusion")
     quick = preset(data, "diffusion", gpu=True)
     assert quick.network == usual.network and quick.training.batch == 4 * usual.training.batch
     large = preset(data, "diffusion", gpu=True, large=True)
@@ -284,23 +305,28 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
     assert seen == measured
 
 
-@pytest.mark.parametrize(("minutes", "longer"), [(1, False), (10, True)])
-def test_a_longer_run_is_measured_with_its_own_network(ready, tmp_path, monkeypatch, minutes, longer):
+@pytest.mark.parametrize(("minutes", "widths"), [(1, [32]), (10, [32, 32]), (600, [32, 32, 48])])
+def test_a_longer_run_is_measured_with_its_own_network(ready, tmp_path, monkeypatch, capsys, minutes, widths):
     """A hundred images a second; which precision is faster for the narrow network need not be so for the usual one."""
     from snowmelt.training import fitting
     from snowmelt.training.measure import Measured
 
-    seen: list[tuple[bool, str]] = []
+    seen: list[tuple[int, bool, str]] = []
 
     def measure(config, *, asked, **_given):
-        seen.append((config.network.middle_attention, asked))
+        seen.append((config.network.channels[0], config.network.middle_attention, asked))
         return Measured("fp32", 1, 100.0)
 
+    monkeypatch.setattr(presets, "ROOM", 0.01)
     monkeypatch.setattr(fitting, "measure", measure)
     monkeypatch.setattr(fitting, "is_gpu", lambda _device: False)
     assert cli(["train", str(ready), "--out", str(tmp_path / "run"), "--for", f"{minutes}m", "--plan"]) == 0
-    assert seen[0] == (False, "auto")
-    assert seen[-1] == ((True, "auto") if longer else (False, "fp32"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"widths {widths[-1]}, " in said
+    assert ("1.5 times as wide as usual, which sees about 1,959,591 images" in said) == (48 in widths)
+    # Of a brief run the precision is known; each other network is asked for its own, and has attention.
+    later = [(width, True, "auto") for width in widths[1:]]
+    assert seen == [(32, False, "auto"), *(later or [(32, False, "fp32")])]
 
 
 def test_each_decision_is_said_once_and_a_network_measured_once(ready, tmp_path, monkeypatch, capsys):

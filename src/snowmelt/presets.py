@@ -48,6 +48,14 @@ REPEATED, AUGMENT = 300, 0.15
 OFTEN, DROPOUT = 500, 0.1
 """How often such a network must see each picture to be trained with dropout, which slows learning at first."""
 
+WIDENED, ROOM, WIDEST = 150_000, 1_500, 4.0
+"""On a CPU the network is as many times as wide as the usual one as the fourth root says of the images that the usual
+one would see in so many, or the square root of the training pictures in so many where that is less; at most this
+(docs/recipe.md)."""
+
+WIDTH_COST = 1.5
+"""The power of the width that the time of a picture goes by: less than 2, as wide layers compute faster."""
+
 LINEAR, LINEAR_LIMIT = 64, 60_000
 """Directions of the linear estimate that a network is shown, and images from which on it is not if they are of
 drawings: there it errs less with it, but draws farther from real ones (docs/recipe.md). Above 40 pixels they are twice
@@ -206,6 +214,30 @@ def narrowed(network: UNetConfig) -> UNetConfig:
     )
 
 
+def width_for(data: DataConfig, images: int) -> float:
+    """Times the usual width that a CPU should train that has time for so many images with the usual network, in halves.
+
+    More time is best divided evenly, in proportion, between more images and more operations for each, which go as the
+    square of the width; and a wide network soon knows few pictures by heart (docs/recipe.md).
+
+    >>> [width_for(DataConfig(32, 3, pictures=50_000), images) for images in (0, 250_000, 400_000, 12_000_000)]
+    [1.0, 1.0, 1.5, 3.0]
+    """
+    # Of small pictures more are seen in the same time, and there is less to know of each.
+    images_of_32 = images * min(1.0, data.size / 32) ** 2
+    factor = min((images_of_32 / WIDENED) ** 0.25, (data.pictures / ROOM) ** 0.5, WIDEST)
+    return max(1.0, round(2 * factor) / 2)
+
+
+def widened(network: UNetConfig, factor: float) -> UNetConfig:
+    """The network so many times as wide everywhere.
+
+    >>> widened(UNetConfig(channels=(32, 64, 64)), 1.5).channels
+    (48, 96, 96)
+    """
+    return dataclasses.replace(network, channels=tuple(round(factor * width) for width in network.channels))
+
+
 def _diffusion_training(data: DataConfig, images: int | None, gpu: bool) -> TrainingConfig:
     brief = is_brief(data, images)
     # Updates below which smaller batches are better: docs/recipe.md.
@@ -257,19 +289,26 @@ def plentiful(data: DataConfig) -> tuple[UNetConfig, TrainingConfig] | None:
 
 
 def preset(
-    data: DataConfig, model: str, *, images: int | None = None, gpu: bool = False, large: bool = False
+    data: DataConfig,
+    model: str,
+    *,
+    images: int | None = None,
+    gpu: bool = False,
+    large: bool = False,
+    width: float = 1.0,
 ) -> Config:
     """The whole configuration of a family of models for these pictures.
 
     Args:
         images: how many the training is going to see; None where that is not known.
         gpu: whether it trains on a GPU.
-        large: whether it may be a network that a CPU is too slow for, however long it trains.
+        large: whether it may be a network that only a GPU is fast enough for.
+        width: times the usual width.
 
     Raises:
         UserError: there is no such family.
     """
-    network, training = network_for(data), choose(_TRAINING, model, "model")(data, images, gpu)
+    network, training = widened(network_for(data), width), choose(_TRAINING, model, "model")(data, images, gpu)
     if model == "diffusion" and is_brief(data, images):
         network = narrowed(network)
     linear = shown_for(data, images)

@@ -12,7 +12,7 @@ import torch
 from snowmelt.config import Config
 from snowmelt.data.prepared import Prepared
 from snowmelt.device import LEAST_COMPILED, is_gpu, reason_of
-from snowmelt.presets import LEAST_PLENTIFUL
+from snowmelt.presets import LEAST_PLENTIFUL, WIDTH_COST, width_for
 from snowmelt.training.measure import Measured, measure
 
 LOOKED = 400
@@ -34,7 +34,7 @@ def fitted(
     What a measurement changes is measured again.
 
     Args:
-        choice: the configuration, of what it should be told: `images`, `gpu` and `large` of `snowmelt.presets.preset`.
+        choice: the configuration, of what it should be told: `images`, `gpu`, `large` and `width` of `preset`.
         given: what the person has set of [training].
     """
     config, asked = choice(), given.get("precision", "auto")
@@ -60,7 +60,25 @@ def fitted(
     if thorough or other or batch != config.training.batch:
         precision = asked if other else measured.precision
         tries.append(again(chosen, asked=precision, thorough=thorough))
+    if not gpu and (wider := _wider(choice, tries[-1], chosen, seconds, log)) is not None:
+        tries.append(again(chosen := wider, asked=asked))
     return _told(tries, chosen, log)
+
+
+def _wider(
+    choice: Callable[..., Config], measured: Measured, usual: Config, seconds: float, log: Callable[[str], object]
+) -> Config | None:
+    """The wider network of a CPU that has time for more than the usual one, which was measured; None where it has not,
+    where there is none, or where the person says how the network looks."""
+    images = int(seconds * (measured.images_per_second or 0.0))
+    if (width := width_for(usual.data, images)) == 1:
+        return None
+    images = int(images / width**WIDTH_COST)
+    config = choice(images=images, width=width)
+    if config.architecture == usual.architecture:
+        return None
+    log(f"Network: {width:g} times as wide as usual, which sees about {images:,} images.")
+    return config
 
 
 def _told(tries: Sequence[Measured], config: Config, log: Callable[[str], object]) -> tuple[Config, float | None]:

@@ -139,19 +139,21 @@ def resolve(
     images: int | None = None,
     gpu: bool = False,
     large: bool = False,
+    width: float = 1.0,
 ) -> Config:
     """The whole configuration: the preset for these pictures, overridden by what the person gave.
 
     Args:
         images: how many the machine can train on in the time given; None where that is not known.
-        gpu, large: see `preset`; of a network of which the person has given anything the rest is the usual one's.
+        gpu, large, width: see `preset`; of a network of which the person has given anything the rest is the usual
+            one's.
 
     Raises:
         UserError: an override has an unknown key or a value that does not fit.
     """
     own_network = bool(overrides.get("network"))
     choice = partial(preset, data, options.model, gpu=gpu, large=large and not own_network)
-    usual, chosen = choice(), choice(images=images)
+    usual, chosen = choice(), choice(images=images, width=width)
     if own_network:
         chosen = dataclasses.replace(chosen, network=usual.network)
     tables = config_tables(dataclasses.replace(chosen, version=__version__))
