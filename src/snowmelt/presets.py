@@ -53,9 +53,6 @@ WIDENED, ROOM, WIDEST = 150_000, 1_500, 4.0
 one would see in so many, or the square root of the training pictures in so many where that is less; at most this
 (docs/recipe.md)."""
 
-WIDTH_COST = 1.5
-"""The power of the width that the time of a picture goes by: less than 2, as wide layers compute faster."""
-
 LINEAR, LINEAR_LIMIT = 64, 60_000
 """Directions of the linear estimate that a network is shown, and images from which on it is not if they are of
 drawings: there it errs less with it, but draws farther from real ones (docs/recipe.md). Above 40 pixels they are twice

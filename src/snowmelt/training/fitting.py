@@ -12,11 +12,13 @@ import torch
 from snowmelt.config import Config
 from snowmelt.data.prepared import Prepared
 from snowmelt.device import LEAST_COMPILED, is_gpu, reason_of
-from snowmelt.presets import LEAST_PLENTIFUL, WIDTH_COST, width_for
+from snowmelt.presets import LEAST_PLENTIFUL, width_for
 from snowmelt.training.measure import Measured, measure
 
 LOOKED = 400
 """Steps that a run by time must have room for before some are spent on trying whether another layout is faster."""
+WIDTH_COST = 1.5
+"""The power of the width that the time of a picture goes by: less than 2, as wide layers compute faster."""
 HOPED = 4
 """How many times faster a compiled network is at most: one that would be too slow even then is not compiled."""
 
@@ -61,15 +63,18 @@ def fitted(
         precision = asked if other else measured.precision
         tries.append(again(chosen, asked=precision, thorough=thorough))
     if not gpu and (wider := _wider(choice, tries[-1], chosen, seconds, log)) is not None:
-        tries.append(again(chosen := wider, asked=asked))
+        chosen = wider
+        tries.append(again(chosen, asked=asked))
     return _told(tries, chosen, log)
 
 
 def _wider(
     choice: Callable[..., Config], measured: Measured, usual: Config, seconds: float, log: Callable[[str], object]
 ) -> Config | None:
-    """The wider network of a CPU that has time for more than the usual one, which was measured; None where it has not,
-    where there is none, or where the person says how the network looks."""
+    """The wider network of a CPU that has time for it, by how fast the usual one was.
+
+    None where it has not, where there is none, or where the person says how the network looks.
+    """
     images = int(seconds * (measured.images_per_second or 0.0))
     if (width := width_for(usual.data, images)) == 1:
         return None
