@@ -1,7 +1,7 @@
 """Does `--for` choose well? It beside presets set by hand, which get the same time.
 
     python benchmarks/dial.py ../shared/data/mnist-train.zip ../shared/data/emoji.zip --size 32 --minutes 1 3
-    python benchmarks/dial.py ../shared/data/dogs.zip --size 64 --minutes 1 3
+    python benchmarks/dial.py ../shared/data/dogs.zip --size 64 --minutes 1 3 --out DIR
 
 In each cell (a source and a time) five runs of `snowmelt train --for` follow each other: one that chooses for itself
 and four that are given, by --config, what somebody might set by hand:

@@ -14,7 +14,7 @@ rivals for `--minutes` with the settings of their own scripts on a small network
                several ways is nearest to real pictures with it (by 64 pictures, in the random space)
 
 A rival's clock begins with its first update, Snowmelt's with the command. What is chosen for the rivals, beyond their
-scripts: `diffusers` trains a U-Net of 3.7 million parameters in fp32 or, as `diffusers bf16`, under autocast, and its
+scripts: `diffusers` trains a U-Net of 3.8 million parameters in fp32 or, as `diffusers bf16`, under autocast, and its
 cosine learning rate is laid out for the updates that fit into the time; denoising-diffusion-pytorch trains a `Unet` of
 width 32. `diffusers tuned` and `denoising-diffusion-pytorch tuned` are the same networks, losses and batches with the
 optimizer, learning rate and averaging of Snowmelt. A rival asked about a level answers for the nearest step of its
@@ -42,7 +42,7 @@ HELD_OUT = 256
 BATCH = 64
 """Pictures drawn or denoised at once."""
 SMALL = {"block_out_channels": [64, 96, 128], "layers_per_block": 1}
-"""Of `diffusers`' U-Net: 3.7 million parameters."""
+"""Of `diffusers`' U-Net: 3.8 million parameters."""
 SCRIPT_BATCH = 16
 """The default of both scripts."""
 RIVALS = (
