@@ -1,7 +1,7 @@
 """Which settings learn most? Arms of one change each, on the same pictures, by images seen or by time.
 
-    python benchmarks/arms.py runs/mnist/data --seconds 180 --arms "" "training.batch=16" "training.batch=32"
-    python benchmarks/arms.py runs/mnist/data --images 10000 --seeds 0 1 2 --arms "" "network.patch=2" --samples 1000 --out DIR
+    python benchmarks/arms.py PREPARED --seconds 180 --arms "" "training.batch=16" "training.batch=32"
+    python benchmarks/arms.py PREPARED --images 10000 --seeds 0 1 2 --arms "" "network.patch=2" --samples 1000 --out DIR
 
 An arm is the preset for these pictures with the named values in the place of its own, in the words of config.toml;
 "" is the preset as it is. `--seconds` are those of the training alone: an arm's own speed is measured first, and

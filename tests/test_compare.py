@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import pytest
 from PIL import Image
 
 from snowmelt.cli import run as cli
-from snowmelt.compare import NO_TIME
+from snowmelt.compare import NO_TIME, CompareOptions, compare
 from snowmelt.comparing import entry as entries
 from snowmelt.comparing.budget import AIM, samples_over_time, samples_within, shares
 from snowmelt.comparing.duel import Ledger
@@ -225,6 +224,18 @@ def digits(tmp_path_factory) -> dict[str, Path]:
     return runs | {"other": folder / "other", "data": folder / "data"}
 
 
+def test_pictures_that_were_prepared_need_not_be_there(digits, tmp_path, monkeypatch):
+    """As when a comparison of those on a stick goes on without it."""
+
+    def duel(*_: object) -> None:
+        raise UserError("Under way.")
+
+    monkeypatch.setattr(sys.modules["snowmelt.compare"], "_duel", duel)
+    shutil.copytree(digits["data"], tmp_path / "out" / "data")
+    with pytest.raises(UserError, match="Under way"):
+        compare(CompareOptions((str(tmp_path / "stick"),), out=tmp_path / "out"))
+
+
 def unfinished(digits, tmp_path) -> Path:
     path = tmp_path / "unfinished"
     shutil.copytree(digits["vae"], path)
@@ -300,7 +311,6 @@ def test_finished_runs_are_compared(digits, tmp_path, monkeypatch):
 
 
 def test_runs_of_the_same_name_are_told_apart():
-    assert doctest.testmod(entries) == (0, 1)
     assert entries.folder_names([Path("/a/b/vae"), Path("/c/b/vae"), Path("/c/d/gan")]) == [
         "a/b/vae",
         "c/b/vae",

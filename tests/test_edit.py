@@ -19,6 +19,7 @@ from snowmelt.cli import run as cli
 from snowmelt.config import Config, DataConfig, UNetConfig
 from snowmelt.data.pixels import to_pixels
 from snowmelt.device import Precision
+from snowmelt.diffusion.guidance import THRESHOLDS
 from snowmelt.edit import EDITS, edit
 from snowmelt.edits.canvas import Canvas
 from snowmelt.edits.kinds import KINDS
@@ -104,6 +105,27 @@ def test_inpainting_keeps_what_is_black_in_the_mask(grey, here, fill):
     assert not np.array_equal(one[4:], other[4:]) and not np.array_equal(one[4:], photo[4:])
     assert note(files[0])["share filled"] == 0.5
     assert Image.open(files[-1]).width == 4 * 66 + 2, "photo, what is known of it, and two fillings"
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_a_threshold_leaves_what_is_known(grey, here, threshold):
+    """Far-out guesses make the dynamic one divide whole pictures."""
+    words = [
+        "inpaint",
+        str(grey),
+        "small.png",
+        "--mask",
+        "half.png",
+        "--class",
+        "a",
+        "--guidance",
+        "30",
+        "--steps",
+        "3",
+    ]
+    assert cli(["edit", *words, "--fill", "replace", "--count", "1", "--threshold", threshold]) == 0
+    drawn = next(path for path in (grey / "edits").glob("*.png") if not path.stem.endswith("sheet"))
+    assert np.array_equal(pixels(drawn)[:4], pixels(Path("small.png"))[:4])
 
 
 def test_a_mask_as_large_as_the_photo_is_cropped_like_it(grey, here):

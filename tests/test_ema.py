@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import pytest
 import torch
 from torch import nn
 
-import snowmelt.ema
 from snowmelt.ema import Average, power_of
 from snowmelt.errors import UserError
 
@@ -99,7 +97,3 @@ def test_state_and_load_are_inverse():
         one.update(step)
     other.load({name: tensor.clone() for name, tensor in one.state().items()})
     assert torch.equal(other.state()["values"], one.state()["values"])
-
-
-def test_the_example_in_its_docs():
-    assert doctest.testmod(snowmelt.ema).failed == 0

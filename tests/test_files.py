@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from snowmelt import files
+from snowmelt.cli import run as cli
 from snowmelt.errors import UserError
-from snowmelt.files import make_folder, write_together
+from snowmelt.files import make_folder, write_atomic, write_together
 
 OLD = {str(number): b"old" for number in range(20)}
 
@@ -30,6 +34,37 @@ def test_what_a_refusal_leaves(tmp_path, begun):
         others.mkdir()
         raise UserError("No.")
     assert others.exists() and ours.exists() == begun
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="no such names there")
+@pytest.mark.parametrize(
+    "words", [["train", "PICTURES"], ["prepare", "PICTURES"], ["train", "builtin:digits", "--out", "RUN"]]
+)
+def test_a_name_that_is_no_text_is_refused_at_once(tmp_path, monkeypatch, capsys, words):
+    """A run could not write it down, and its log neither."""
+    monkeypatch.chdir(tmp_path)
+    strange = os.fsdecode(b"caf\xe9")
+    (tmp_path / strange).mkdir()
+    names = {"PICTURES": strange, "RUN": f"{strange}/run"}
+    assert cli([names.get(word, word) for word in words]) == 2
+    assert r"caf\xe9" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == [strange]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_waited_for_is_written_all_the_same(tmp_path, monkeypatch, number):
+    """Shared folders of virtual machines know no fsync of a directory; a disk that fails is another matter."""
+    honest = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        honest(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if number == errno.EINVAL else pytest.raises(OSError):
+        write_atomic(tmp_path / "file", "text")
+        assert (tmp_path / "file").read_text() == "text"
 
 
 def test_a_refusal_takes_the_folders_above_that_it_made(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import math
 
 import pytest
@@ -17,7 +16,7 @@ from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
 from snowmelt.diffusion.editing import slerp
 from snowmelt.errors import UserError
-from snowmelt.models import build_learner, build_model, gan
+from snowmelt.models import build_learner, build_model
 from snowmelt.models.augment import AUGMENTATIONS, SHIFT, draw_change
 from snowmelt.models.base import Drawing
 from snowmelt.models.gan import GANLearner, GANModel, gamma_at
@@ -102,7 +101,6 @@ def test_one_pass_gives_both_gradients_of_the_definition():
 
 
 def test_the_penalty_weakens_with_the_images_seen_and_resumes_where_it_was():
-    assert doctest.testmod(gan) == (0, 1)
     fading = GANConfig(channels=(8, 16), latents=8, gamma=1.0, gamma_last=0.01, burn_in=12)
     mine, resumed = learner(config(gan=fading)), learner(config(gan=fading))
     mine.update(batch(), generator(0, "one"), 1e-3)

@@ -19,7 +19,7 @@ from snowmelt.diffusion.process import linear_betas, log_snr_table
 from snowmelt.diffusion.schedules import cosine, linear
 from snowmelt.diffusion.variance import analytic, forward, interpolated, noise_power, posterior
 from snowmelt.models import build_learner
-from snowmelt.models.diffusion import Uncertainty, variance_losses
+from snowmelt.models.diffusion import DiffusionLearner, Uncertainty, variance_losses
 from snowmelt.seeds import generator
 
 COUNT = 40_000
@@ -101,6 +101,23 @@ def test_a_learner_teaches_the_losses_as_they_are():
     expected = drawn.log_snr.exp() * torch.sigmoid(-drawn.log_snr) * torch.sigmoid(drawn.log_snr)
     # |noise|^2 over 64 pixels: 1 within four of its standard deviations, sqrt(2 / 64).
     assert ((losses / expected - 1).abs() < 4 * math.sqrt(2 / 64)).all()
+
+
+def test_importance_follows_what_is_learned_from():
+    """Where the model learns how large the loss usually is, and divides by that, what is left."""
+    config = Config(
+        DataConfig(size=8, channels=1, std=0.6),
+        network=UNetConfig(channels=(8, 8), attention=(False, False), head_channels=8),
+        diffusion=DiffusionConfig(levels="importance", weight="learned"),
+    )
+    learner = build_learner(config, Precision(torch.device("cpu")))
+    assert isinstance(learner, DiffusionLearner)
+    told: list[Tensor] = []
+    learner.levels.observe = lambda _drawn, losses: told.append(losses)
+    learner.model.uncertainty.forward = lambda log_snr: torch.full_like(log_snr, math.log(4))
+    batch = Batch(torch.zeros(64, 1, 8, 8), None)
+    loss = learner.update(batch, generator(0, "t", 1), 1e-9).losses["loss"]
+    assert float(told[0].mean()) == pytest.approx(loss / 4, rel=1e-5)
 
 
 def test_importance_is_even_until_it_has_seen_all():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 from snowmelt.config import DataConfig
 from snowmelt.data.stream import Batch
 from snowmelt.device import Precision
-from snowmelt.diffusion import linear
 from snowmelt.diffusion.denoiser import Denoiser
 from snowmelt.diffusion.linear import FINEST, PICTURES, LinearEstimate
 from snowmelt.diffusion.noise import add_noise, alpha_sigma
@@ -36,10 +33,6 @@ def fitted(x0: Tensor, labels: Tensor | None = None, *, classes: int = 0, direct
     halves = (slice(None, len(x0) // 2), slice(len(x0) // 2, None))
     estimate.fit((x0[half], None if labels is None else labels[half]) for half in halves)
     return estimate
-
-
-def test_examples():
-    assert doctest.testmod(linear).failed == 0
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -119,6 +112,13 @@ def test_classes_that_say_nothing_are_hardly_believed():
     estimate = fitted(x0, labels, classes=64)
     true = torch.stack([x0[labels == label].mean(0) - x0.mean(0) for label in range(64)]).square().sum()
     assert 0.2 < estimate.centre[:-1].square().sum() / true < 0.45
+
+
+def test_classes_of_one_picture_say_nothing():
+    """Of one picture nobody knows how far the others of its class lie from it."""
+    x0 = gaussian(64, seed=0)
+    classes, none = fitted(x0, torch.randperm(64), classes=64), fitted(x0)
+    assert classes.centre.eq(0).all() and torch.allclose(classes.variance[0], none.variance[-1], rtol=1e-4)
 
 
 def test_large_pictures_are_looked_at_coarsely():

@@ -45,7 +45,7 @@ def simulate(path: Path, machine: Machine, *, begin: int = 0, elapsed: float = 0
         rates.append(plan.learning_rate(step))
         durations = [*durations[-99:], machine(elapsed / SECONDS)]
         elapsed += durations[-1]
-        if plan.decides_at(step, elapsed):
+        if plan.decides_at(step, elapsed, elapsed):
             plan.decide(step, elapsed=elapsed, per_step=fmean(durations), per_watch=0.0, ending=ENDING)
     return Ended(step, elapsed + ENDING, rates, plan)
 
@@ -130,6 +130,22 @@ def test_a_run_out_of_time_ends_at_once(tmp_path):
         if plan.decides_at(step, elapsed):
             plan.decide(step, elapsed=elapsed, per_step=20.0, per_watch=0.0, ending=5.0)
     assert elapsed <= 130.0
+
+
+def test_a_machine_that_is_suddenly_slow_ends_when_the_time_is_up(tmp_path):
+    """Fifty times as slow from half of the time on: the next look at a fixed step would be three times as far away."""
+    ended = simulate(tmp_path / "plan.json", lambda share: 0.1 if share < 0.5 else 5.0)
+    assert SECONDS <= ended.elapsed <= SECONDS + 5.0 + ENDING
+
+
+def test_a_run_that_goes_on_looks_at_the_machine_it_is_on(tmp_path):
+    plan = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=SECONDS))
+    assert not plan.decides_at(4, 1.0, 1.0, elsewhere=True), "it measures first"
+    plan.decide(10, elapsed=30.0, per_step=0.1, per_watch=0.0, ending=ENDING)
+    assert not plan.decides_at(2000, 200.0, 200.0) and plan.decides_at(2000, 200.0, 200.0, elsewhere=True)
+    plan.decide(2000, elapsed=200.0, per_step=1.0, per_watch=0.0, ending=ENDING)
+    assert plan.horizon(2000) == 2000 + int(0.985 * SECONDS - 200 - ENDING)
+    assert not plan.decides_at(1999, 200.0, 200.0, elsewhere=True), "what is decided stays so"
 
 
 def test_time_kept_for_the_last_preview_is_not_trained_in(tmp_path):

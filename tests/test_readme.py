@@ -1,6 +1,8 @@
-"""Every Python block of the README and the docs runs as it stands, in an empty directory."""
+"""Every Python block of the README and the docs runs as it stands, in an empty directory; examples in the code hold."""
 
+import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,17 @@ def blocks() -> list[tuple[str, str]]:
 def test_a_block_runs(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, name, "exec"), {"__name__": "__main__"})  # noqa: S102
+
+
+SOURCE = ROOT / "src"
+MODULES = [path for path in sorted(SOURCE.rglob("*.py")) if ">>>" in path.read_text(encoding="utf-8")]
+EXAMPLES = [path.relative_to(SOURCE) for path in MODULES]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=map(str, EXAMPLES))
+def test_examples_hold(path):
+    failed, tried = doctest.testmod(import_module(".".join(path.with_suffix("").parts)))
+    assert tried and not failed
 
 
 def test_there_are_blocks():

@@ -176,6 +176,19 @@ def test_the_split_is_of_the_seed_and_in_proportion():
     assert len(np.intersect1d(first, hold_out(digests, labels, 1))) < 30
 
 
+@pytest.mark.parametrize("sizes", [(1, 99), (*[1] * 10, 90), (2, 2, 1, 1, 300)])
+def test_a_class_keeps_a_picture_to_train_on(sizes):
+    labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int64)
+    held_out = hold_out([number.to_bytes(4, "big") for number in range(len(labels))], labels, 0)
+    assert len(held_out) == held_out_count(len(labels))
+    assert (np.bincount(labels) - np.bincount(labels[held_out], minlength=len(sizes)) >= 1).all()
+
+
+def test_where_every_class_is_of_one_picture_some_are_held_out():
+    labels = np.arange(100, dtype=np.int64)
+    assert len(hold_out([bytes([number]) for number in range(100)], labels, 0)) == 50
+
+
 def test_copies_of_one_picture_cannot_be_split():
     with pytest.raises(UserError, match="same picture"):
         hold_out([b"x"] * 5, None, 0)

@@ -1,10 +1,10 @@
 """A run trains, its files tell its story, faults are survived, and time is kept."""
 
 import dataclasses
-import doctest
 import errno
 import json
 import math
+import shlex
 import shutil
 import signal
 from collections import deque
@@ -150,7 +150,6 @@ def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
 
 
 def test_short_times_have_small_batches_unless_asked(small):
-    assert doctest.testmod(presets).failed == 0
     data = DataConfig(28, 1, pictures=57_000)
     batches = [preset(data, "diffusion", images=images).training.batch for images in (2_000, 10**6, None)]
     assert batches == [SMALLEST_BATCH, 64, 64]
@@ -723,14 +722,14 @@ def test_a_disk_that_fills_up_elsewhere_is_one_sentence(ready, small, tmp_path, 
 
 
 def test_pictures_that_are_gone_are_asked_for(pictures, small, tmp_path, capsys):
-    import shutil
-
-    out = tmp_path / "run"
-    start(pictures, out, small, "--steps", "2")
+    """By the command that makes them again as they were."""
+    out = tmp_path / "the run"
+    start(pictures, out, small, "--steps", "2", "--seed", "3", "--background", "black", "--fit", "pad")
     Run.open(out).write_status("stopped")
     shutil.rmtree(out / "data")
     assert cli(["train", "--resume", str(out)]) == 2
-    assert f"snowmelt prepare {pictures} --out {out / 'data'}" in capsys.readouterr().err
+    program, *words = shlex.split(capsys.readouterr().err.split("`")[1])
+    assert program == "snowmelt" and cli(words) == 0 and cli(["train", "--resume", str(out)]) == 0
 
 
 def test_a_prepared_dataset_is_trained_on_where_it_is(pictures, small, tmp_path, capsys):

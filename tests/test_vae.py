@@ -375,7 +375,7 @@ def test_a_shape_that_cannot_be_is_refused_in_a_sentence(settings, said):
         VAEConfig(**settings)
 
 
-def test_a_run_by_the_command_line(tmp_path):
+def test_a_run_by_the_command_line(tmp_path, capsys):
     pytest.importorskip("sklearn", reason="the built-in digits come with scikit-learn")
     small = tmp_path / "small.toml"
     small.write_text("[vae]\nchannels = [8, 16]\nlatents = 8\nadversarial = 0.05\n")
@@ -385,6 +385,8 @@ def test_a_run_by_the_command_line(tmp_path):
     assert {"held_out_loss", "KL bits"} <= {name for line in run.metrics() for name in line}
     assert cli(["sample", str(run.path), "--count", "2", "--classes", "3"]) == 0
     assert len(list((run.path / "samples").glob("*.png"))) == 2
+    assert cli(["evaluate", str(run.path), "--measure", "bits", "--unconditional"]) == 2
+    assert "leave --unconditional away" in capsys.readouterr().err
 
 
 def test_the_codec_is_a_choice_in_a_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def compare(options: CompareOptions) -> Path:
     runs = _alike([Run.open(Path(source)) for source in options.sources]) if finished else []
     _refuse_foreign(out)
     if not finished:
-        _check_source(options)
+        _check_source(options, out)
     from snowmelt.evaluation.features import SPACES
 
     for name in options.spaces:
@@ -100,15 +101,17 @@ def _refuse_mixture(options: CompareOptions) -> None:
     )
 
 
-def _check_source(options: CompareOptions) -> None:
-    """Refuse pictures that are not there, and options that come too late for prepared ones."""
+def _check_source(options: CompareOptions, out: Path) -> None:
+    """Refuse pictures that are not there, where `out` does not have them yet, and options that come too late for
+    prepared ones."""
+    from snowmelt.data.prepared import is_prepared
     from snowmelt.data.source import is_builtin, source_kind
     from snowmelt.prepare import refuse_late
 
     if options.size is not None:
         _check_sizes(options, DataConfig(options.size, 3))
     source = options.sources[0]
-    if not is_builtin(source):
+    if not is_builtin(source) and not is_prepared(out / "data"):
         source_kind(Path(source))
     refuse_late(Path(source), options)
 
@@ -276,7 +279,9 @@ def _write(out: Path, found: dict[str, Any]) -> Path:
     from snowmelt.comparing.page import comparison_markdown, comparison_page, comparison_png
 
     for entry in found["runs"]:
-        entry["path"] = os.path.relpath(entry["path"], out.resolve())
+        with suppress(ValueError):
+            # Windows knows no way from one drive to another.
+            entry["path"] = os.path.relpath(entry["path"], out.resolve())
     write_atomic(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False))
     write_atomic(out / "compare.png", comparison_png(out, found))
     write_atomic(out / "report.md", comparison_markdown(found))

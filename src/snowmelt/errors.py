@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -66,7 +67,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def choose(table: Mapping[str, Choice], name: str, what: str) -> Choice:
-    """`table[name]`, or a `UserError` that lists the names and the nearest one."""
+    """`table[name]`, or a `UserError` that lists the names and the nearest one.
+
+    Accents may be written as Macs do in names of files: as letters of their own.
+
+    >>> choose({"Cafe\u0301": 7}, "Caf\u00e9", "class")
+    7
+    """
     if name not in table:
+        for known in table:
+            if unicodedata.normalize("NFC", known) == unicodedata.normalize("NFC", name):
+                return table[known]
         raise UserError(f"There is no {what} {name!r}; {nearest(name, table)}.")
     return table[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -23,6 +24,7 @@ def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
     Raises:
         UserError: nothing can be written there; before the block begins.
     """
+    check_name(path)
     missing, made = [folder for folder in (path, *path.parents) if not folder.exists()], False
     try:
         made = _make_writable(path)
@@ -35,6 +37,19 @@ def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that is no text: a run writes down where its pictures lie, and says where it lies itself.
+
+    Raises:
+        UserError: some of its bytes are no UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        readable = os.fsencode(path.absolute()).decode(errors="backslashreplace")
+        raise UserError(f"The name {readable} is not written in UTF-8; rename the folder or the file.") from None
 
 
 LEFT = ("data", "log.txt")
@@ -65,12 +80,16 @@ def _make_writable(path: Path) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable (systems that cannot open directories need no such thing)."""
+    """Make the names in a directory durable, where the system can open directories and the file system wait for one."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Folders that are shared with a virtual machine, for one, cannot be waited for.
+        if error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
     finally:
         os.close(handle)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import filelock
 from snowmelt import checkpoint
 from snowmelt.config import Config, read_config, to_toml
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
-from snowmelt.errors import Locked, UserError, choose
+from snowmelt.errors import Locked, UserError, choose, option_of
 from snowmelt.files import write_atomic
 
 if TYPE_CHECKING:
@@ -88,15 +89,24 @@ class Run:
         if not self.config.data.fingerprint:
             raise UserError(f"{self.path} was imported without pictures; import it again, with --pictures SOURCE.")
         if not is_prepared(self.data):
-            own, source = self.path / "data", self.config.request.get("source", "SOURCE")
+            own = self.path / "data"
             raise UserError(
                 f"The prepared pictures of {self.path} are gone; put {own} back, or make it again with "
-                f"`snowmelt prepare {source} --out {own} --size {self.config.data.size}`."
+                f"`{self._preparing(own)}`."
             )
         data = open_prepared(self.data)
         if data.fingerprint != self.config.data.fingerprint:
             raise UserError(f"The pictures in {self.data} are not the ones {self.path} was trained on; put those back.")
         return data
+
+    def _preparing(self, out: Path) -> str:
+        """The command that prepares the pictures again as they were."""
+        asked = self.config.request
+        words = ["snowmelt", "prepare", asked.get("source", "SOURCE"), "--out", out, "--size", self.config.data.size]
+        words += ["--seed", self.config.training.seed]
+        for name in ("color", "background", "fit", "classes"):
+            words += [option_of(name), asked[name]] if name in asked else []
+        return shlex.join(map(str, words))
 
     def folder(self, name: str) -> Path:
         """A sub-folder, made when it is not there."""

@@ -8,6 +8,7 @@ All of it can be interrupted anywhere: what is done stays done, and a run that w
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -147,7 +148,9 @@ def _train(words: list[str], path: Path, stop: Stop) -> None:
     while process.poll() is None:
         if stop.requested and not asked:
             asked = True
-            process.terminate()
+            if os.name != "nt":
+                # There a Ctrl-C does reach it, and this would end it unsaved.
+                process.terminate()
         time.sleep(POLL)
     if stop.requested:
         raise Stopped(f"Everything is saved in {path.parent}; the same command continues.", stop.signal or 0)

@@ -102,7 +102,7 @@ def _command(run: Run) -> str:
     request = run.config.request
     words = ["snowmelt", "train", str(request.get("source", "PICTURES"))]
     for name, value in request.items():
-        if name not in ("source", "config") and value not in (None, False, "auto"):
+        if name not in ("source", "config") and value is not False and value != "auto":
             words += [option_of(name)] if value is True else [option_of(name), str(value)]
     return shlex.join(words)
 

@@ -87,7 +87,10 @@ def held_out_count(count: int) -> int:
 
 
 def hold_out(digests: Sequence[bytes], labels: np.ndarray | None, seed: int) -> np.ndarray:
-    """The rows to hold out, int64 and increasing: by seed alone, classes in proportion, duplicates on one side."""
+    """The rows to hold out, int64 and increasing: by seed alone, classes in proportion, duplicates on one side.
+
+    A class keeps one picture to train on, as long as there are enough others.
+    """
     groups: defaultdict[bytes, list[int]] = defaultdict(list)
     for row, digest in enumerate(digests):
         groups[digest].append(row)
@@ -98,19 +101,21 @@ def hold_out(digests: Sequence[bytes], labels: np.ndarray | None, seed: int) -> 
     room = _shares(np.bincount(kinds), target)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(groups))
     rows = list(groups.values())
-    shuffled = [rows[place] for place in order]
+    kept = np.bincount(kinds)
     chosen: list[int] = []
-    left: list[list[int]] = []
-    for group in shuffled:
-        kind = int(kinds[group[0]])
-        if len(group) <= room[kind]:
-            room[kind] -= len(group)
-            chosen += group
-        else:
-            left.append(group)
-    for group in left:  # where duplicates did not fit their class's share, others make up the number
-        if len(chosen) + len(group) <= target:
-            chosen += group
+    left = [rows[place] for place in order]
+    # Where duplicates did not fit their class's share, others make up the number; last those that a class needs.
+    for in_share, sparing in ((True, True), (False, True), (False, False)):
+        groups_left, left = left, []
+        for group in groups_left:
+            kind = int(kinds[group[0]])
+            fits = len(group) <= (room[kind] if in_share else target - len(chosen))
+            if fits and not (sparing and len(group) >= kept[kind]):
+                room[kind] -= len(group)
+                kept[kind] -= len(group)
+                chosen += group
+            else:
+                left.append(group)
     return np.array(sorted(chosen or min(left, key=len)), dtype=np.int64)
 
 

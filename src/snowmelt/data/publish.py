@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snowmelt.data.source import LITTER
 from snowmelt.errors import UserError
-from snowmelt.files import make_folder
+from snowmelt.files import check_name, make_folder, sync_directory
 
 try:
     import fcntl
@@ -25,6 +25,7 @@ def publish(out: Path, is_ours: Callable[[Path], bool]) -> Generator[Path]:
     An existing `out` is replaced only if it is empty or `is_ours(out)`; anything else is a `UserError`. Leftovers of
     attempts that were killed are removed first.
     """
+    check_name(out)
     _refuse_foreign(out, is_ours)
     # Where a link leads, and not the link, is replaced.
     out = out.resolve()
@@ -100,9 +101,11 @@ def _lock(folder: Path) -> int | None:
 
 def _flush(folder: Path) -> None:
     for path in (*folder.iterdir(), folder):
-        if path.is_dir() and fcntl is None:
-            continue  # Windows cannot open a folder
-        descriptor = os.open(path, os.O_RDONLY)
+        if path.is_dir():
+            sync_directory(path)
+            continue
+        # Windows waits only for what may be written.
+        descriptor = os.open(path, os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
@@ -114,6 +117,9 @@ def _replace(folder: Path, out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
         out.rename(old)
+    elif out.is_dir():
+        # Windows renames nothing to a name that is taken.
+        out.rmdir()
     folder.rename(out)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

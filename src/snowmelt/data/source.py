@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snowmelt.errors import UserError
+from snowmelt.files import check_name
 
 BUILTIN = "builtin:"
 """Begins the name of a dataset that needs no files."""
@@ -100,6 +101,7 @@ def list_source(path: Path) -> Listing:
 
 def source_kind(path: Path) -> str:
     """`folder`, `zip` or `tar`, by what is there and not by its name."""
+    check_name(path)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):

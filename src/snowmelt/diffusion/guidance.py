@@ -34,9 +34,9 @@ LogProb: TypeAlias = Callable[[Images, Tensor], Levels]
 
 
 def classifier_free(with_class: Denoise, without_class: Denoise, scale: float) -> Denoise:
-    """Push the estimate away from the one made without the class; a scale of 1 costs one evaluation, not two."""
-    if scale == 1:
-        return with_class
+    """Push the estimate away from the one made without the class; scales of 1 and 0 cost one evaluation, not two."""
+    if scale in (0, 1):
+        return with_class if scale else without_class
 
     def denoise(x: Images, log_snr: Tensor) -> Images:
         return without_class(x, log_snr).lerp(with_class(x, log_snr), scale)
@@ -69,11 +69,12 @@ def projected(
             length, which grows with the size of the image.)
         momentum: share of the earlier differences that is added; below 0 what repeats itself is weakened; their beta.
 
-    With 1, infinity and 0 it is `classifier_free`. The momentum remembers the walk: it starts anew where the level
-    falls, and a level asked about twice counts once. So make one for each walk that does not begin in noise.
+    With 1, infinity and 0 it is `classifier_free`, as with a scale of 0 always. The momentum remembers the walk: it
+    starts anew where the level falls, and a level asked about twice counts once. So make one for each walk that does
+    not begin in noise.
     """
-    if scale == 1:
-        return with_class
+    if scale in (0, 1):
+        return classifier_free(with_class, without_class, scale)
     remembered = _Momentum(momentum)
 
     def denoise(x: Images, log_snr: Tensor) -> Images:

@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
     correction: Levels
     """What the loss is to be multiplied by: 1 on average, below 1 where a level was drawn too often on purpose."""
     place: Levels
-    """In [0, 1): the time, or the quantile, that was drawn."""
+    """In [0, 1]: the time, or the quantile, that was drawn."""
 
 
 class TrainingLevels(Protocol):
@@ -59,7 +59,7 @@ class TrainingLevels(Protocol):
 
 
 def stratified_places(count: int, rng: torch.Generator) -> Levels:
-    """One number from each of `count` equal slices of [0, 1), in random order.
+    """One number from each of `count` equal slices of [0, 1], in random order.
 
     Every batch then sees all levels alike, which leaves less chance in the loss than free draws.
     """
@@ -74,8 +74,8 @@ def free_places(count: int, rng: torch.Generator) -> Levels:
 
 def _normal_quantile(place: Levels) -> Levels:
     """Of the standard normal distribution; within +-5, where float32 still tells quantiles apart."""
-    # On the CPU, since not every device has doubles.
-    inside = place.cpu().double().clamp(3e-7, 1 - 3e-7)
+    # A Mac's GPU has no doubles; any other would have to wait for the CPU.
+    inside = (place.cpu() if place.device.type == "mps" else place).double().clamp(3e-7, 1 - 3e-7)
     return (math.sqrt(2) * torch.erfinv(2 * inside - 1)).to(place)
 
 

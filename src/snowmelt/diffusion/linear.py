@@ -142,10 +142,13 @@ def _principal(centred: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _by_class(along: Tensor, labels: Labels, classes: int) -> tuple[Tensor, Tensor]:
     """The mean of each class along each direction, (classes, directions), and the mean variance around it.
 
-    A mean of few pictures is mostly chance: it counts by how far its square is beyond that (James & Stein 1961).
+    A mean of few pictures is mostly chance: it counts by how far its square is beyond that (James & Stein 1961). Where
+    no class has two pictures nothing is known of that, and classes say nothing.
     """
     counts = torch.bincount(labels, minlength=classes)[:, None]
+    if counts.max() < 2:
+        return along.new_zeros(classes, along.shape[1]), along.square().mean(0)
     means = torch.zeros(classes, along.shape[1]).index_add_(0, labels, along) / counts.clamp(min=1)
-    within = (along - means[labels]).square().sum(0) / max(1, len(along) - int((counts > 0).sum()))
+    within = (along - means[labels]).square().sum(0) / (len(along) - int((counts > 0).sum()))
     centre = means * (1 - within / (counts * means.square()).clamp(min=LEAST)).clamp(min=0)
     return centre, (along - centre[labels]).square().mean(0)

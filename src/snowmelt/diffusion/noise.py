@@ -15,7 +15,8 @@ from torch import Tensor
 from snowmelt.shapes import Images
 
 BOUND = 10.0
-"""Levels stay within +-10: the DDPM table runs from 9.2 to -10.1, and float32 is exact enough up to there."""
+"""Schedules that are formulas stay within +-10 before any shift: the DDPM table runs from 9.2 to -10.1, and float32 is
+exact enough up to there."""
 
 
 def shaped(values: Tensor, like: Tensor) -> Tensor:

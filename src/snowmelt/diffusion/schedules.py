@@ -57,19 +57,28 @@ def table(betas: Sequence[float]) -> Schedule:
     """The schedule of a table of betas: step k of it at time k / (steps - 1).
 
     Raises:
-        UserError: a beta is outside (0, 1), or the levels do not fall at every step.
+        UserError: it is no table (`check_betas`), or the levels do not fall at every step.
     """
-    check_betas(torch.tensor(betas, dtype=torch.float64))
-    levels = _levels_of(tuple(betas))
+    kept = tuple(betas)
+    check_betas(torch.tensor(kept, dtype=torch.float64))
+    levels = _levels_of(kept)
     if not (torch.isfinite(levels).all() and (levels.diff() < 0).all()):
         raise UserError("The betas are so small or so large that the levels do not fall at every step; give others.")
-    times = torch.linspace(0, 1, len(levels), dtype=torch.float64)
-    return lambda time: interpolate(time, times, levels)
+    return lambda time: interpolate(time, *_points_of(kept, time.device, time.dtype))
+
+
+@cache
+def _points_of(betas: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Times and their levels, where they are asked for: a GPU would have to wait for them at every step."""
+    with torch.inference_mode(mode=False):
+        levels = _levels_of(betas)
+        times = torch.linspace(0, 1, len(levels), dtype=torch.float64)
+        return times.to(device, dtype), levels.to(device, dtype, copy=True)
 
 
 @cache
 def _steps_of(betas: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rising levels and their steps, where they are asked for: a GPU would have to wait for them at every step."""
+    """Rising levels and their steps, as `_points_of`."""
     with torch.inference_mode(mode=False):
         levels = _levels_of(betas).flip(0).to(device, dtype)
         return levels, torch.arange(len(levels) - 1, -1, -1, dtype=torch.float64).to(device, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from snowmelt.data.decode import recipe_of
 from snowmelt.data.photo import images_of, read_photo
 from snowmelt.diffusion.denoiser import Denoise
 from snowmelt.diffusion.editing import Operator, inversion, observed, psnr
-from snowmelt.diffusion.guidance import THRESHOLDS
+from snowmelt.diffusion.guidance import THRESHOLDS, untouched
 from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.walk import NoiseSource, Step
 from snowmelt.errors import UserError
@@ -64,9 +64,15 @@ class Canvas:
         """With class and guidance, without threshold."""
         return self.model.denoise(self.labels, dataclasses.replace(self.drawing, threshold="none"))
 
-    def walk(self, denoise: Denoise, x: Images, log_snrs: Grid) -> Images:
-        """From `x` to pictures; the threshold goes around `denoise`, where no gradient has to pass it."""
-        within = THRESHOLDS[self.drawing.threshold](denoise)
+    def walk(
+        self, denoise: Denoise, x: Images, log_snrs: Grid, around: Callable[[Denoise], Denoise] = untouched
+    ) -> Images:
+        """From `x` to pictures; the threshold goes around `denoise`, where no gradient has to pass it.
+
+        Args:
+            around: goes around the threshold.
+        """
+        within = around(THRESHOLDS[self.drawing.threshold](denoise))
         return _last(SAMPLERS[self.drawing.sampler](within, x, log_snrs, self.noise), "Drawing", len(log_snrs)).x0
 
     def inverted(self, photo: Images, rounds: int) -> Images:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from snowmelt.data.decode import recipe_of
 from snowmelt.data.photo import images_of, read_photo, size_of_photo
-from snowmelt.diffusion.editing import FILLS, Operator, blurred, cut, greyed, psnr, shrunk, slerp
+from snowmelt.diffusion.editing import FILLS, Operator, blurred, cut, greyed, inpainted, psnr, shrunk, slerp
 from snowmelt.diffusion.grids import GRIDS, check_grid
 from snowmelt.diffusion.noise import add_noise
 from snowmelt.diffusion.samplers import SAMPLERS
@@ -36,7 +37,9 @@ def inpaint(canvas: Canvas, options: InpaintOptions) -> Result:
     fill = choose(FILLS, options.fill, "fill")
     known, unknown = canvas.photo(options.photo), _mask(canvas, options)
     denoise = fill.denoise(canvas.denoise(), known, unknown, canvas.run.config.data.std)
-    images = canvas.walk(denoise, canvas.noise(0), fill.path(canvas.grid))
+    # A threshold that divides whole pictures must leave what is known.
+    kept = partial(inpainted, known=known, unknown=unknown)
+    images = canvas.walk(denoise, canvas.noise(0), fill.path(canvas.grid), kept)
     return Result(images, [known, known * (1 - unknown)], {"share filled": round(float(unknown.mean()), 4)})
 
 

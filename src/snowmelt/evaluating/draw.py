@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -209,6 +209,9 @@ def _send(pipe: IO[bytes], line: str, errors: IO[bytes]) -> None:
         pipe.write(line.encode())
         pipe.flush()
     except OSError as error:
+        with suppress(OSError):
+            # Else what it was not told is told once more when the process is waited for.
+            pipe.close()
         raise _died(errors) from error
 
 

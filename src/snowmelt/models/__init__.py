@@ -79,7 +79,8 @@ def check_names(config: Config) -> None:
     choose(LEVELS, diffusion.levels, "distribution of levels")
     choose(WEIGHTS, diffusion.weight, "weight")
     choose(OPTIMIZERS, config.training.optimizer, "optimizer")
-    if diffusion.predicts == "noise" and schedule_of(diffusion)(torch.ones(1)).item() < -2 * BOUND + 1:
+    without_picture = diffusion.betas[-1:] == (1,) or schedule_of(diffusion)(torch.ones(1)).item() < -2 * BOUND + 1
+    if diffusion.predicts == "noise" and without_picture:
         raise UserError("Where nothing of the picture is left the noise says nothing of it; use --predicts v.")
 
 

@@ -248,8 +248,8 @@ class DiffusionLearner:
     def update(self, batch: Batch, rng: torch.Generator, learning_rate: float) -> Update:
         """One step at random levels, noise and hidden labels: see `Learner`."""
         self.model.train()
-        # Dropout draws from torch's global generator; it too must be a function of (seed, step).
-        torch.manual_seed(rng.initial_seed())
+        # Dropout draws from torch's global generator; it too must be a function of (seed, step), and not the noise's.
+        torch.manual_seed(rng.initial_seed() ^ 1)
         (images, labels), told = batch, None
         if self.config.diffusion.augment:
             images, told = warped(images, self.config.diffusion.augment, rng)
@@ -271,7 +271,7 @@ class DiffusionLearner:
         finite = self.optimizer.step(learning_rate) if self.waits else self.optimizer.step_unseen(learning_rate, loss)
         # Levels that learn have something to keep; only they need to know at once.
         if self.levels.tensors() and finite:
-            self.levels.observe(drawn, losses)
+            self.levels.observe(drawn, (losses / doubt.exp() + variance).detach())
         return Update({"loss": value}, finite)
 
     def _losses(

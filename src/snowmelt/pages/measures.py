@@ -114,7 +114,8 @@ def drawing_words(drawing: Any) -> str:
     """How pictures were drawn; empty where that is not known, plain text."""
     if not isinstance(drawing, dict):
         return ""
-    said = ", ".join(_setting(name, value) for name, value in drawing.items() if value not in (None, "", [], False))
+    given = {name: value for name, value in drawing.items() if value is not False and value not in (None, "", [])}
+    said = ", ".join(_setting(name, value) for name, value in given.items())
     return f"with {said}" if said else "in a single step"
 
 

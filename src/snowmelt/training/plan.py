@@ -85,8 +85,14 @@ class Plan:
             return False
         return any(round(fraction * horizon) == step for fraction in fractions)
 
-    def decides_at(self, step: int, trained: float) -> bool:
+    def decides_at(self, step: int, trained: float, elapsed: float = 0.0, *, elsewhere: bool = False) -> bool:
         """Whether a run by time, having trained for `trained` seconds, should now fix its horizon or look again.
+
+        It looks at fixed steps, and as soon as its time is up, in case the machine is suddenly much slower.
+
+        Args:
+            elapsed: seconds of the run so far.
+            elsewhere: look now, since the run goes on in another process and perhaps on another machine.
 
         At the horizon itself no longer: the learning rate has come down to zero, and time that is left is left.
         """
@@ -94,6 +100,8 @@ class Plan:
             return False
         if not self.decisions:
             return step >= 3 and trained >= MEASURE * self.config.seconds
+        if elsewhere or elapsed >= self.config.seconds:
+            return True
         first, horizon = self.decisions[0]
         stride = max(1, (horizon - first) // LOOKS)
         return (step - first) % stride == 0
