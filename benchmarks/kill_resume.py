@@ -71,9 +71,11 @@ def is_training(process: subprocess.Popen[bytes], run: Path) -> bool:
     return status["pid"] == process.pid and status["state"] == "training"
 
 
-def is_saving(run: Path) -> bool:
-    """Whether a checkpoint of a step after the first is being written right now."""
-    return any(int(path.name.split("-")[1]) > 0 for path in (run / "checkpoints").glob(".writing-0*"))
+def is_saving(process: subprocess.Popen[bytes], run: Path) -> bool:
+    """Whether this process is writing a checkpoint of a step after the first right now; what was left of others does
+    not count."""
+    writing = (run / "checkpoints").glob(f".writing-0*-{process.pid}")
+    return any(int(path.name.split("-")[1]) > 0 for path in writing)
 
 
 def fingerprint(run: Path) -> dict[str, str]:
@@ -90,11 +92,11 @@ def torment(options: Options, run: Path) -> tuple[int, int]:
         if kills % 7 == 6:
             time.sleep(chance.uniform(0, 5))
         elif kills < options.while_saving:
-            wait_for(process, lambda: is_saving(run))
+            wait_for(process, partial(is_saving, process, run))
         else:
             wait_for(process, partial(is_training, process, run))
             time.sleep(chance.uniform(0, 3))
-        in_save += is_saving(run)
+        in_save += is_saving(process, run)
         if process.poll() is not None:
             print(f"finished after {kills} kills; give more --steps for more of them")
             break

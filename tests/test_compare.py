@@ -21,6 +21,7 @@ from snowmelt.compare import NO_TIME, CompareOptions, compare
 from snowmelt.comparing import entry as entries
 from snowmelt.comparing.budget import AIM, samples_over_time, samples_within, shares
 from snowmelt.comparing.duel import Ledger
+from snowmelt.comparing.plots import ROLES, mark_of
 from snowmelt.comparing.verdict import RETRAINED, groups, told_apart, verdict
 from snowmelt.errors import UserError
 from snowmelt.run import Run
@@ -132,6 +133,15 @@ def test_two_runs_of_a_family_are_called_by_their_names():
         entry("large", [figure("frechet", 9)], model="diffusion"),
     ]
     assert verdict(runs)["headline"] == "Small draws the pictures nearest to yours."
+
+
+def test_no_two_runs_look_the_same():
+    assert len({(ROLES[index % len(ROLES)], mark_of(index)) for index in range(64)}) == 64
+
+
+def test_how_long_a_picture_takes_is_said_in_seconds_where_it_is_long():
+    lines = verdict([entry("vae", [], seconds=0.004), entry("gan", [], seconds=1.25)])
+    assert "4 ms with the VAE, 1.25 s with the GAN" in json.dumps(lines, ensure_ascii=False)
 
 
 def test_copies_are_told_only_beyond_false_alarms():

@@ -123,8 +123,9 @@ def test_a_threshold_leaves_what_is_known(grey, here, threshold):
         "--steps",
         "3",
     ]
-    assert cli(["edit", *words, "--fill", "replace", "--count", "1", "--threshold", threshold]) == 0
-    drawn = next(path for path in (grey / "edits").glob("*.png") if not path.stem.endswith("sheet"))
+    words += ["--fill", "replace", "--count", "1", "--out", "kept", "--threshold", threshold]
+    assert cli(["edit", *words]) == 0
+    (drawn,) = pictures(list(Path("kept").glob("*.png")))
     assert np.array_equal(pixels(drawn)[:4], pixels(Path("small.png"))[:4])
 
 
@@ -287,6 +288,15 @@ def test_a_place_that_cannot_be_written_is_told_before_drawing(grey, here, capsy
     monkeypatch.setitem(KINDS, "vary", lambda canvas, options: pytest.fail("drawn"))
     assert cli(["edit", "vary", str(grey), "small.png", "--out", "notes.png/inside"]) == 2
     assert "notes.png/inside cannot be written" in capsys.readouterr().err
+
+
+def test_photos_with_long_names_have_edits_with_shorter_ones(grey, here):
+    """Bytes count, of which letters may have three."""
+    names = ["\u5199" * 80 + end for end in ("a.png", "b.png")]
+    for name in names:
+        Path(name).write_bytes(Path("small.png").read_bytes())
+    files = edit(InterpolateOptions(run=grey, first=names[0], second=names[1], count=2, steps=2))
+    assert len(files) == 5 and all(path.exists() and len(path.name.encode()) < 200 for path in files)
 
 
 def test_between_seeds_any_guide_will_do(grey, here):

@@ -272,10 +272,11 @@ def test_a_learned_variance_is_learned_range_there(tmp_path):
 
 @torch.no_grad()
 def test_a_class_becomes_part_of_the_network(tmp_path, capsys):
-    run = run_of(tmp_path / "run", classes=("cat", "dog"))
+    """Also of one whose accent was typed otherwise than it was written."""
+    run = run_of(tmp_path / "run", classes=("cat", "Cafe\u0301"))
     backbone = model_of(run).denoiser.backbone
     x, time = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
-    for name, label in (("cat", 0), ("dog", 1), (None, 2)):
+    for name, label in (("cat", 0), ("Caf\u00e9", 1), (None, 2)):
         words = [] if name is None else ["--class", name]
         pipe = DiffusionPipeline.from_pretrained(exported(run, tmp_path / str(name), *words))
         assert ("no class" if name is None else f"class {name}") in capsys.readouterr().err
@@ -311,7 +312,12 @@ def test_folders_of_the_first_days(tmp_path):
         old[name] = tensor.half()
     assert any("proj_attn" in name for name in old)
     save_file(old, path)
-    run = imported(folder, tmp_path / "run")
+    scheduler = json.loads((folder / "scheduler_config.json").read_text())
+    del scheduler["prediction_type"]
+    for predicts, of_noise in (("image", False), ("noise", True)):
+        (folder / "scheduler_config.json").write_text(json.dumps(scheduler | {"predict_epsilon": of_noise}))
+        run = imported(folder, tmp_path / f"run-{predicts}")
+        assert run.config.diffusion.predicts == predicts
     found = {name.removeprefix("denoiser.backbone."): tensor for name, tensor in average(run).items()}
     expected = theirs.state_dict()
     assert all(torch.equal(found[name], tensor.half().float()) for name, tensor in expected.items())

@@ -24,8 +24,9 @@ from snowmelt.diffusion.process import alpha_bars, forward_jump, linear_betas, l
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.explain import ExplainOptions, explain
 from snowmelt.explaining import charts, parts
-from snowmelt.explaining.network import Network, compare, falling, total_bits
+from snowmelt.explaining.network import Network, StepBack, compare, falling, total_bits
 from snowmelt.explaining.process import Process, betas_of, histogram, measured, walk_back, walked
+from snowmelt.explaining.reverse import _errors
 from snowmelt.models import build_model
 from snowmelt.pages.charts import LIGHT
 from snowmelt.pages.markup import fill, number
@@ -238,6 +239,16 @@ def test_with_a_run_the_page_goes_on(network_page):
     assert names >= {"reverse.png", "beliefs.png", "steps.png", "parts.png", "errors.png", "forward.png", "curves.png"}
     with Image.open(network_page.parent / "reverse.png") as sheet:
         assert sheet.width > 9 * 90 and sheet.height > 4 * 90, "ten columns, four rows"
+
+
+@pytest.mark.parametrize(
+    "error, said", [(2.0, "2 times as hard"), (0.5, "2 times as easy"), (0.9, "about as hard"), (None, "")]
+)
+def test_how_hard_a_photo_is_is_said_where_it_is_known(error, said):
+    """Errors of the photo at two levels; of held-out pictures it is 1 at one of them, or at a level far away."""
+    steps = [StepBack(t, level, error or 1.0, *[0.1] * 5) for t, level in ((10, 4.0), (500, -2.0))]
+    remark = _errors(steps, {4.0: 1.0} if error else {9.0: 1.0})["error_remark"]
+    assert said in remark and ("Your photo" in remark) == bool(said)
 
 
 def test_the_same_again_is_the_same_bytes(photo, run, page, network_page, tmp_path):

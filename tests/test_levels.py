@@ -120,6 +120,20 @@ def test_importance_follows_what_is_learned_from():
     assert float(told[0].mean()) == pytest.approx(loss / 4, rel=1e-5)
 
 
+def test_dropout_has_random_numbers_of_its_own():
+    """Those of the noise would be hidden by themselves; and they are a function of the step as well."""
+    config = Config(
+        DataConfig(size=8, channels=1, std=0.6),
+        network=UNetConfig(channels=(8, 8), attention=(False, False), head_channels=8, dropout=0.5),
+    )
+    learner, seeds = build_learner(config, Precision(torch.device("cpu"))), list[int]()
+    for step in (1, 2, 1):
+        step_rng = generator(0, "t", step)
+        learner.update(Batch(torch.zeros(4, 1, 8, 8), None), step_rng, 1e-9)
+        seeds += [torch.initial_seed(), step_rng.initial_seed()]
+    assert seeds[0] == seeds[4] and len(set(seeds)) == 4
+
+
 def test_importance_is_even_until_it_has_seen_all():
     assert Importance(cosine).draw(64, rng()).correction.eq(1).all()
 

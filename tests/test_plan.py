@@ -66,7 +66,7 @@ def test_the_rate_rises_and_falls_to_nearly_nothing(tmp_path, steps):
 def test_a_run_by_steps_ends_after_them(tmp_path):
     plan = by_steps(tmp_path, 7)
     assert [plan.finished(step) for step in (0, 6, 7)] == [False, False, True]
-    assert not plan.decides_at(5, 1e9) and not (tmp_path / "plan.json").exists()
+    assert not plan.decides_at(5, 1e9, 1e9) and not (tmp_path / "plan.json").exists()
 
 
 def test_moments_are_due_once_each(tmp_path):
@@ -105,8 +105,8 @@ def test_a_reopened_plan_repeats_its_decisions(tmp_path):
     assert again.decisions == first.plan.decisions and len(again.decisions) > 3
     assert all(again.horizon(step) == first.plan.horizon(step) for step in range(901))
     last = again.decisions[-1][0]
-    assert not any(again.decides_at(step, 1e9) for step in range(last + 1)), "what is decided stays so"
-    assert any(again.decides_at(step, 1e9) for step in range(last + 1, last + 200))
+    assert not any(again.decides_at(step, 1e9, 0.0) for step in range(last + 1)), "what is decided stays so"
+    assert any(again.decides_at(step, 1e9, 0.0) for step in range(last + 1, last + 200))
 
 
 def test_a_decision_is_on_disk_before_it_counts(tmp_path):
@@ -127,7 +127,7 @@ def test_a_run_out_of_time_ends_at_once(tmp_path):
     step, elapsed = 4, 10.0
     while not plan.finished(step):
         step, elapsed = step + 1, elapsed + 40.0
-        if plan.decides_at(step, elapsed):
+        if plan.decides_at(step, elapsed, elapsed):
             plan.decide(step, elapsed=elapsed, per_step=20.0, per_watch=0.0, ending=5.0)
     assert elapsed <= 130.0
 
@@ -138,14 +138,32 @@ def test_a_machine_that_is_suddenly_slow_ends_when_the_time_is_up(tmp_path):
     assert SECONDS <= ended.elapsed <= SECONDS + 5.0 + ENDING
 
 
-def test_a_run_that_goes_on_looks_at_the_machine_it_is_on(tmp_path):
+def test_a_run_that_goes_on_measures_the_machine_it_is_on(tmp_path):
+    """For as long as it did at first, 4 % of the time; also where another process had decided before."""
     plan = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=SECONDS))
-    assert not plan.decides_at(4, 1.0, 1.0, elsewhere=True), "it measures first"
     plan.decide(10, elapsed=30.0, per_step=0.1, per_watch=0.0, ending=ENDING)
-    assert not plan.decides_at(2000, 200.0, 200.0) and plan.decides_at(2000, 200.0, 200.0, elsewhere=True)
-    plan.decide(2000, elapsed=200.0, per_step=1.0, per_watch=0.0, ending=ENDING)
-    assert plan.horizon(2000) == 2000 + int(0.985 * SECONDS - 200 - ENDING)
-    assert not plan.decides_at(1999, 200.0, 200.0, elsewhere=True), "what is decided stays so"
+    first, horizon = plan.decisions[0]
+    fixed = first + (horizon - first) // LOOKS
+    assert plan.decides_at(fixed, 100.0, 130.0) and not plan.decides_at(fixed + 1, 100.0, 130.0)
+    again = Plan.open(tmp_path / "plan.json", plan.config)
+    assert not any(again.decides_at(step, 23.9, 230.0) for step in range(fixed, horizon)), "nothing is known yet"
+    assert again.decides_at(fixed + 1, 24.0, 230.0)
+    again.decide(fixed + 1, elapsed=230.0, per_step=1.0, per_watch=0.0, ending=ENDING)
+    assert again.horizon(fixed + 1) == fixed + 1 + int(0.985 * SECONDS - 230 - ENDING)
+    assert not again.decides_at(fixed + 2, 25.0, 231.0)
+
+
+def test_when_the_time_is_up_nothing_that_was_decided_holds(tmp_path):
+    """As of a process that was killed between a decision and its next checkpoint, and of one that measured nothing."""
+    plan = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=SECONDS))
+    assert plan.decides_at(1, 1.0, SECONDS)
+    plan.decide(10, elapsed=30.0, per_step=0.1, per_watch=0.0, ending=ENDING)
+    plan.decide(900, elapsed=120.0, per_step=0.1, per_watch=0.0, ending=ENDING)
+    again = Plan.open(tmp_path / "plan.json", plan.config)
+    assert not again.decides_at(800, 100.0, 500.0) and again.decides_at(800, 100.0, SECONDS)
+    again.decide(800, elapsed=SECONDS, per_step=5.0, per_watch=0.0, ending=ENDING)
+    assert again.finished(800) and again.decisions == Plan.open(tmp_path / "plan.json", plan.config).decisions
+    assert [step for step, _ in again.decisions] == [10, 800]
 
 
 def test_time_kept_for_the_last_preview_is_not_trained_in(tmp_path):
@@ -153,8 +171,8 @@ def test_time_kept_for_the_last_preview_is_not_trained_in(tmp_path):
     plan = Plan.open(tmp_path / "plan.json", TrainingConfig(seconds=100.0))
     plan.decide(4, elapsed=10.0, per_step=1.0, per_watch=20.0, ending=5.0)
     # 98.5 - 10 - 20 - 5 = 63.5 steps; one look in (67 - 4) // 16 = 3, so that step 67 is one of theirs.
-    assert plan.horizon(4) == 67 and plan.decides_at(64, 60.0) and plan.finished(67)
-    assert not plan.decides_at(67, 63.0)
+    assert plan.horizon(4) == 67 and plan.decides_at(64, 60.0, 85.0) and plan.finished(67)
+    assert not plan.decides_at(67, 63.0, 88.0)
 
 
 @pytest.mark.parametrize("machine", [lambda s: 0.1 if s < 0.5 else 0.13, lambda s: 0.9], ids=["slows", "slow"])

@@ -186,6 +186,13 @@ def test_every_state_has_its_sentence(tmp_path, status, said):
     assert said in state_of(run)
 
 
+def test_a_run_that_was_imported_without_pictures_is_not_to_be_continued(tmp_path):
+    run = Run.create(tmp_path / "run", Config(data=DataConfig(8, 1), request={"folder": "theirs"}))
+    run.write_status("stopped", step=0)
+    assert "no pictures to train on" in state_of(run)
+    assert "--resume" not in settings(run) and "evaluate" not in settings(run)
+
+
 def test_a_run_is_training_while_someone_holds_it(tmp_path):
     run = Run.create(tmp_path / "run", Config(data=DataConfig(8, 1)))
     run.write_status("training", step=30, horizon=120)

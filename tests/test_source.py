@@ -184,6 +184,13 @@ def test_a_class_keeps_a_picture_to_train_on(sizes):
     assert (np.bincount(labels) - np.bincount(labels[held_out], minlength=len(sizes)) >= 1).all()
 
 
+def test_a_class_keeps_its_only_picture_though_another_class_has_a_copy():
+    """One of 0 is the only one of 1."""
+    labels = np.repeat(np.arange(2), (60, 1)).astype(np.int64)
+    for seed in range(20):
+        assert 60 not in hold_out([bytes([number % 60]) for number in range(61)], labels, seed)
+
+
 def test_where_every_class_is_of_one_picture_some_are_held_out():
     labels = np.arange(100, dtype=np.int64)
     assert len(hold_out([bytes([number]) for number in range(100)], labels, 0)) == 50

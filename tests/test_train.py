@@ -730,6 +730,12 @@ def test_pictures_that_are_gone_are_asked_for(pictures, small, tmp_path, capsys)
     assert cli(["train", "--resume", str(out)]) == 2
     program, *words = shlex.split(capsys.readouterr().err.split("`")[1])
     assert program == "snowmelt" and cli(words) == 0 and cli(["train", "--resume", str(out)]) == 0
+    shutil.rmtree(out / "data")
+    Run.open(out).write_status("stopped")
+    pictures.rename(pictures.with_name("elsewhere"))
+    assert cli(["train", "--resume", str(out)]) == 2
+    pictures.with_name("elsewhere").rename(pictures)
+    assert f"put {out / 'data'} or {pictures} back" in capsys.readouterr().err
 
 
 def test_a_prepared_dataset_is_trained_on_where_it_is(pictures, small, tmp_path, capsys):

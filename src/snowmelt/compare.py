@@ -134,6 +134,7 @@ def _alike(runs: list[Run]) -> list[Run]:
         state = run.status().get("state")
         if state != "finished":
             end = "wait for it" if state == "training" else f"finish it with `snowmelt train --resume {run.path}`"
+            end = "import it with --pictures, and train it" if run.bare else end
             raise UserError(f"{run.path} is not finished ({state or 'never trained'}); {end}.")
     first = runs[0]
     for run in runs[1:]:

@@ -17,6 +17,7 @@ import tyro
 from snowmelt import __version__
 from snowmelt.config import Config, DataConfig, TrainingConfig
 from snowmelt.data.publish import publish
+from snowmelt.data.source import resolved
 from snowmelt.errors import UserError, choose
 from snowmelt.files import write_synced
 from snowmelt.presets import DEFAULT_SECONDS, check_length, facts_of, preset
@@ -97,7 +98,7 @@ def import_run(options: ImportOptions) -> Run:
         config = _config(foreign, facts, training)
         request = {"folder": str(folder.resolve())}
         if data is not None:
-            request["source"] = str(options.pictures)
+            request["source"] = resolved(str(options.pictures))
         if data is not None and data.path.parent != building:
             request["source"] = str(data.path.resolve())
         run = Run.create(building, dataclasses.replace(config, request=request))
@@ -281,7 +282,8 @@ def _to_diffusers(folder: Path, model: DiffusionModel, options: ExportOptions) -
     weights.pop("told_embedding.weight", None)
     diffusion = dataclasses.replace(diffusion, augment=0.0)
     if data.classes and not options.keep_classes:
-        label = len(data.classes) if options.class_name is None else data.classes.index(options.class_name)
+        labels = {name: label for label, name in enumerate(data.classes)}
+        label = len(labels) if options.class_name is None else choose(labels, options.class_name, "class")
         # The embeddings of level and class are added, so a class that never changes is part of the bias before it.
         rows = weights.pop("class_embedding.weight")
         weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + rows[label]

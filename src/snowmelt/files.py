@@ -22,7 +22,7 @@ def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
         begun: after a refusal `path`, if it was made, goes with all that is in it, unless there is a file of this name.
 
     Raises:
-        UserError: nothing can be written there; before the block begins.
+        UserError: nothing can be written there, or see `check_name`; before the block begins.
     """
     check_name(path)
     missing, made = [folder for folder in (path, *path.parents) if not folder.exists()], False
@@ -40,15 +40,15 @@ def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
 
 
 def check_name(path: Path) -> None:
-    """Refuse a path that is no text: a run writes down where its pictures lie, and says where it lies itself.
+    """Refuse a path that is no text: it is going to be written down.
 
     Raises:
         UserError: some of its bytes are no UTF-8.
     """
     try:
-        str(path.absolute()).encode()
+        str(path).encode()
     except UnicodeEncodeError:
-        readable = os.fsencode(path.absolute()).decode(errors="backslashreplace")
+        readable = os.fsencode(path).decode(errors="backslashreplace")
         raise UserError(f"The name {readable} is not written in UTF-8; rename the folder or the file.") from None
 
 

@@ -24,7 +24,8 @@ import filelock
 from snowmelt import checkpoint
 from snowmelt.config import Config, read_config, to_toml
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
-from snowmelt.errors import Locked, UserError, choose, option_of
+from snowmelt.data.source import is_builtin
+from snowmelt.errors import Locked, UserError, choose
 from snowmelt.files import write_atomic
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class Run:
         own = self.path / "data"
         return own if own.exists() else Path(str(self.config.request.get("source", own)))
 
+    @property
+    def bare(self) -> bool:
+        """Whether it was imported without pictures: it can draw, but not go on training."""
+        return "folder" in self.config.request and not self.config.data.fingerprint
+
     def open_pictures(self) -> Prepared:
         """The pictures that the run is trained on.
 
@@ -89,24 +95,22 @@ class Run:
         if not self.config.data.fingerprint:
             raise UserError(f"{self.path} was imported without pictures; import it again, with --pictures SOURCE.")
         if not is_prepared(self.data):
-            own = self.path / "data"
-            raise UserError(
-                f"The prepared pictures of {self.path} are gone; put {own} back, or make it again with "
-                f"`{self._preparing(own)}`."
-            )
+            raise UserError(f"The prepared pictures of {self.path} are gone; {self._way_back()}.")
         data = open_prepared(self.data)
         if data.fingerprint != self.config.data.fingerprint:
             raise UserError(f"The pictures in {self.data} are not the ones {self.path} was trained on; put those back.")
         return data
 
-    def _preparing(self, out: Path) -> str:
-        """The command that prepares the pictures again as they were."""
-        asked = self.config.request
-        words = ["snowmelt", "prepare", asked.get("source", "SOURCE"), "--out", out, "--size", self.config.data.size]
-        words += ["--seed", self.config.training.seed]
-        for name in ("color", "background", "fit", "classes"):
-            words += [option_of(name), asked[name]] if name in asked else []
-        return shlex.join(map(str, words))
+    def _way_back(self) -> str:
+        """What to do about prepared pictures that are gone."""
+        own, source, data = self.path / "data", str(self.config.request.get("source", "")), self.config.data
+        if not source or not (is_builtin(source) or Path(source).exists()):
+            # Perhaps that was prepared, and the run had none of its own.
+            return f"put {' or '.join(filter(None, (str(own), source)))} back"
+        words = ["snowmelt", "prepare", source, "--out", own, "--size", data.size, "--seed", self.config.training.seed]
+        words += ["--color", "grey" if data.channels == 1 else "rgb", "--background", data.background]
+        words += ["--fit", data.fit, "--classes", "auto" if data.classes else "none"]
+        return f"put {own} back, or make it again with `{shlex.join(map(str, words))}`"
 
     def folder(self, name: str) -> Path:
         """A sub-folder, made when it is not there."""

@@ -148,8 +148,8 @@ def _train(words: list[str], path: Path, stop: Stop) -> None:
     while process.poll() is None:
         if stop.requested and not asked:
             asked = True
+            # On Windows a Ctrl-C does reach it, and to terminate is to end it unsaved.
             if os.name != "nt":
-                # There a Ctrl-C does reach it, and this would end it unsaved.
                 process.terminate()
         time.sleep(POLL)
     if stop.requested:

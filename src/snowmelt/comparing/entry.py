@@ -65,9 +65,14 @@ def folder_names(paths: list[Path]) -> list[str]:
 
 def _key(run: Run, options: EvaluateOptions, spaces: list[Space]) -> dict[str, Any]:
     """All that an entry depends on, as JSON has it."""
-    asked = {"samples": options.samples, "seed": options.seed, "drawing": order_of(run, options).drawing.as_dict()}
+    order = order_of(run, options)
     return {
-        **asked,
+        "samples": options.samples,
+        "seed": options.seed,
+        "drawing": order.drawing.as_dict(),
+        # How long a picture takes depends on these.
+        "device": order.device,
+        "processes": options.processes,
         "version": __version__,
         "weights": checkpoint.digest_of(run.state_of("newest")),
         "spaces": {space.name: space.identity for space in spaces},
@@ -98,9 +103,12 @@ def _measured(run: Run, options: EvaluateOptions, spaces: list[Space], log: Log,
 
 
 def _command(run: Run) -> str:
-    """The line that trains such a run again."""
+    """The line that trains such a run again, or that imported it; settings of a --config are in its config.toml."""
     request = run.config.request
-    words = ["snowmelt", "train", str(request.get("source", "PICTURES"))]
+    source = str(request.get("source", "PICTURES"))
+    if "folder" in request:
+        return shlex.join(["snowmelt", "import", str(request["folder"]), "--pictures", source])
+    words = ["snowmelt", "train", source, *(["--config", "SETTINGS.toml"] if "config" in request else [])]
     for name, value in request.items():
         if name not in ("source", "config") and value is not False and value != "auto":
             words += [option_of(name)] if value is True else [option_of(name), str(value)]
@@ -133,9 +141,11 @@ def over_time(run: Run, options: EvaluateOptions, spaces: list[Space]) -> list[d
     count = samples_over_time(options.samples)
     final = checkpoint.read_state(run.state_of("newest"))
     states = [*map(str, checkpoint.steps_saved(run.snapshots)), "newest"]
+    # All states are drawn from alike; by themselves earlier ones would not use levels that were tuned for the last.
+    drawing = order_of(run, options).drawing
     for state in states:
         at = dataclasses.replace(options, state=state, samples=count)
-        drawn = draw(order_of(run, at), at.processes)
+        drawn = draw(dataclasses.replace(order_of(run, at), drawing=drawing), at.processes)
         figures = in_spaces(spaces, data, drawn.pixels, seed=at.seed, names=OVER_TIME_METRICS)
         counters = checkpoint.read_state(run.state_of(state))
         points.append(

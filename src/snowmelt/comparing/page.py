@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snowmelt import __version__
-from snowmelt.comparing.plots import ROLES, SIGNS, Shown, interval_charts, over_time_charts
+from snowmelt.comparing.plots import ROLES, SIGNS, Shown, interval_charts, mark_of, over_time_charts
 from snowmelt.comparing.rows import ASPECTS, Row, figures_of, firsts, memory_of, name_of, rows_of, runs_of, shown_space
 from snowmelt.comparing.verdict import RETRAINED
 from snowmelt.pages.charts import svg
@@ -97,7 +97,7 @@ def _facts(comparison: Comparison) -> str:
     data, seconds = table_of(comparison.get("data")), finite(comparison.get("seconds"))
     parts = [
         f"{len(runs_of(comparison))} models",
-        f"{seconds / 60:.3g} minutes in all" if seconds else "",
+        f"{words_of(seconds)} in all" if seconds else "",
         f"{whole(data.get('train')):,} pictures to learn from, {whole(data.get('held_out')):,} held out",
         f"{whole(data.get('size'))} × {whole(data.get('size'))} pixels",
         f"seed {plain(comparison.get('seed', '?'))}",
@@ -203,7 +203,7 @@ def _legend(comparison: Comparison) -> str:
     """Colour and mark of every run."""
     entries: list[str] = []
     for index, run in enumerate(runs_of(comparison)):
-        role, sign = ROLES[index % len(ROLES)], SIGNS[index % len(SIGNS)]
+        role, sign = ROLES[index % len(ROLES)], SIGNS[mark_of(index)]
         entries.append(f'<li><b style="color:var(--{role})">{sign} {plain(name_of(run))}</b></li>')
     return f'<ul class="legend">{"".join(entries)}</ul>'
 

@@ -19,6 +19,11 @@ LONGEST = 40
 """Letters of a name in a chart."""
 
 
+def mark_of(index: int) -> int:
+    """Which mark a run has: another one when the colours begin again."""
+    return (index + index // len(ROLES)) % len(MARKS)
+
+
 class Shown(NamedTuple):
     """A chart and what it shows, in words; plain text."""
 
@@ -71,7 +76,7 @@ def _whisker(axes: Any, paint: Paint, index: int, name: str, one: Measure | None
     axes.plot(
         [low, low, None, high, high], [index - 0.12, index + 0.12, None, index - 0.12, index + 0.12], color=colour
     )
-    axes.plot(value, index, MARKS[index % len(MARKS)], color=colour, markersize=8)
+    axes.plot(value, index, MARKS[mark_of(index)], color=colour, markersize=8)
 
 
 def over_time_charts(comparison: dict[str, Any]) -> list[Shown]:
@@ -108,7 +113,7 @@ def _over_time(tracks: list[Track], key: tuple[str, str]) -> Shown:
         points = sorted(track.get(key, []), key=lambda point: point[0])
         values = [one.value or 0.0 for _, one in points]
         spans = tuple(one.span or (one.value or 0.0, one.value or 0.0) for _, one in points)
-        role, mark = ROLES[index % len(ROLES)], MARKS[index % len(MARKS)]
+        role, mark = ROLES[index % len(ROLES)], MARKS[mark_of(index)]
         lines.append(Line(role, [minutes for minutes, _ in points], values, mark, spans))
     first = every[0][1]
     better = {"lower": "lower is better", "higher": "higher is better"}.get(first.better, "")

@@ -14,6 +14,8 @@ import math
 from itertools import combinations, permutations
 from typing import Any
 
+from snowmelt.pages.measures import time_words
+
 RETRAINED = 3.0
 DISTANCES = ("frechet", "kid", "patches")
 """Metrics of how near the pictures are to real ones, as a whole."""
@@ -195,7 +197,7 @@ def _speed(runs: list[Run]) -> str:
     ratio = times[slow] / times[fast]
     if ratio < 1.5:
         return "Time to draw a picture: about the same with each."
-    parts = [f"{1000 * seconds:.3g} ms with {_called(runs, name)}" for name, seconds in times.items()]
+    parts = [f"{time_words(seconds)} with {_called(runs, name)}" for name, seconds in times.items()]
     return f"Time to draw a picture: {', '.join(parts)}; up to {ratio:,.0f} times as long."
 
 

@@ -108,11 +108,12 @@ def hold_out(digests: Sequence[bytes], labels: np.ndarray | None, seed: int) -> 
     for in_share, sparing in ((True, True), (False, True), (False, False)):
         groups_left, left = left, []
         for group in groups_left:
-            kind = int(kinds[group[0]])
+            # Copies may be of several classes; the first one's share they are of.
+            kind, taken = int(kinds[group[0]]), np.bincount(kinds[group], minlength=len(kept))
             fits = len(group) <= (room[kind] if in_share else target - len(chosen))
-            if fits and not (sparing and len(group) >= kept[kind]):
+            if fits and not (sparing and (taken[taken > 0] >= kept[taken > 0]).any()):
                 room[kind] -= len(group)
-                kept[kind] -= len(group)
+                kept -= taken
                 chosen += group
             else:
                 left.append(group)

@@ -117,8 +117,8 @@ def _replace(folder: Path, out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
         out.rename(old)
-    elif out.is_dir():
-        # Windows renames nothing to a name that is taken.
+    elif out.is_dir() and os.name == "nt":
+        # Nothing is renamed there to a name that is taken.
         out.rmdir()
     folder.rename(out)
     if old is not None:

@@ -101,8 +101,9 @@ def list_source(path: Path) -> Listing:
 
 def source_kind(path: Path) -> str:
     """`folder`, `zip` or `tar`, by what is there and not by its name."""
-    check_name(path)
     try:
+        # A run keeps where it is, from everywhere.
+        check_name(path.absolute())
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             return "folder"

@@ -74,8 +74,8 @@ def free_places(count: int, rng: torch.Generator) -> Levels:
 
 def _normal_quantile(place: Levels) -> Levels:
     """Of the standard normal distribution; within +-5, where float32 still tells quantiles apart."""
-    # A Mac's GPU has no doubles; any other would have to wait for the CPU.
-    inside = (place.cpu() if place.device.type == "mps" else place).double().clamp(3e-7, 1 - 3e-7)
+    # Not every device has doubles; one that has need not wait for the CPU.
+    inside = (place if place.device.type == "cuda" else place.cpu()).double().clamp(3e-7, 1 - 3e-7)
     return (math.sqrt(2) * torch.erfinv(2 * inside - 1)).to(place)
 
 

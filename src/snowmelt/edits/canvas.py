@@ -81,7 +81,7 @@ class Canvas:
         Raises:
             UserError: the drawing's guidance has no inverse.
         """
-        if self.drawing.guide == "projected" and self.drawing.guidance != 1:
+        if self.drawing.guide == "projected" and self.drawing.guidance not in (0, 1):
             raise UserError(
                 "--guide projected goes by what it has drawn before, so it cannot be drawn backwards from a photo; "
                 "leave it away."

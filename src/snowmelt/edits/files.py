@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from snowmelt.pictures import picture, save_png, sheet
 
 WIDEST = 12
 """Pictures in a row of the sheet."""
+LONGEST = 80
+"""Bytes of a photo's name that are part of what its edits are called; file systems allow 255 in all."""
 
 
 def write_edit(out: Path, kind: str, options: EditOptions, checkpoint: Path, result: Result) -> list[Path]:
     """Each picture's PNG and note, the noise where it was sought, then the sheet; returns what was written."""
     facts = note_of(kind, options, checkpoint) | result.facts
-    stem = "-".join([kind, *(Path(str(one)).stem for one in pictures_named(options)), f"seed{options.seed}"])
+    stem = "-".join([kind, *(_short(Path(str(one)).stem) for one in pictures_named(options)), f"seed{options.seed}"])
     files: list[Path] = []
     for number, pixels in enumerate(to_pixels(result.images)):
         path = save_png(out / f"{stem}-{number:05d}.png", picture(pixels))
@@ -40,6 +43,11 @@ def write_edit(out: Path, kind: str, options: EditOptions, checkpoint: Path, res
         write_atomic(files[-1], safetensors.torch.save({"noise": result.noise.cpu().contiguous()}))
     tiles = torch.cat([*result.before, result.images])
     return [*files, save_png(out / f"{stem}-sheet.png", sheet(tiles, min(len(tiles), WIDEST), smallest=64))]
+
+
+def _short(stem: str) -> str:
+    """As much of a name as two of them leave room for in the name of a file."""
+    return os.fsencode(stem)[:LONGEST].decode(errors="ignore")
 
 
 def note_of(kind: str, options: EditOptions, checkpoint: Path) -> dict[str, Any]:

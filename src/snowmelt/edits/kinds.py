@@ -37,7 +37,7 @@ def inpaint(canvas: Canvas, options: InpaintOptions) -> Result:
     fill = choose(FILLS, options.fill, "fill")
     known, unknown = canvas.photo(options.photo), _mask(canvas, options)
     denoise = fill.denoise(canvas.denoise(), known, unknown, canvas.run.config.data.std)
-    # A threshold that divides whole pictures must leave what is known.
+    # Once more around the threshold: one that divides whole pictures must leave what is known.
     kept = partial(inpainted, known=known, unknown=unknown)
     images = canvas.walk(denoise, canvas.noise(0), fill.path(canvas.grid), kept)
     return Result(images, [known, known * (1 - unknown)], {"share filled": round(float(unknown.mean()), 4)})

@@ -248,13 +248,13 @@ def _errors(steps: list[StepBack], held_out: dict[float, float]) -> dict[str, st
     )
     shared = [level for level in held_out if steps[-1].log_snr <= level <= steps[0].log_snr]
     ratio = [min(steps, key=lambda one: abs(one.log_snr - level)).belief_error / held_out[level] for level in shared]
-    typical = math.exp(sum(map(math.log, ratio)) / len(ratio)) if ratio and min(ratio) > 0 else 1.0
+    typical = math.exp(sum(map(math.log, ratio)) / len(ratio)) if ratio and min(ratio) > 0 else None
     remark = (
         "Noise is easy to take away where there is little of it, on the right; where there is only noise, on the left, "
     )
     remark += "the error is that of guessing the average."
-    if typical > 1.5:
-        remark += f" Your photo is {number(typical, 2)} times as hard for this network as the held-out pictures are."
-    elif held_out:
-        remark += " Your photo is about as easy for this network as the held-out pictures are."
+    if typical is not None:
+        harder = f"{number(typical, 2)} times as hard" if typical > 1.5 else "about as hard"
+        compared = f"{number(1 / typical, 2)} times as easy" if typical < 1 / 1.5 else harder
+        remark += f" Your photo is {compared} for this network as the held-out pictures are."
     return {"held_out_words": words, "error_remark": remark}

@@ -56,7 +56,9 @@ def diffusion_of(settings: Mapping[str, Any], where: Path, *, learns_variance: b
     kind = settings.get("_class_name")
     if kind not in KINDS:
         raise UserError(f"{where} is of a {kind}, which has no table of betas; {nearest(str(kind), KINDS)}.")
-    prediction = settings.get("prediction_type", "epsilon")
+    # What the first versions had in its place.
+    older = "sample" if settings.get("predict_epsilon") is False else "epsilon"
+    prediction = settings.get("prediction_type", older)
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise UserError(f"{where} has prediction_type = {prediction!r}; {nearest(str(prediction), PREDICTIONS)}.")
     if learns_variance != (settings.get("variance_type") == "learned_range"):

@@ -70,6 +70,8 @@ def state_of(run: Run) -> str:
         "stopped": f"The training was stopped at {where}; it can be continued.",
         "failed": f"The training failed at {where}: {str(status.get('error', 'no reason was given')).rstrip('.')}.",
     }
+    if run.bare:
+        return "The run was imported, and has no pictures to train on."
     if state in sentences:
         return sentences[state]
     return f"The run says of itself: {state}." if state else "The run has not said anything of itself."
@@ -118,11 +120,11 @@ def alarms(run: Run) -> str:
 def settings(run: Run) -> str:
     """Commands, versions, and config.toml, folded."""
     path = shlex.quote(str(run.path))
-    unfinished = stage_of(run) in ("interrupted", "stopped", "failed")
+    unfinished = stage_of(run) in ("interrupted", "stopped", "failed") and not run.bare
     lines = [
         *([f"snowmelt train --resume {path}        # continue"] if unfinished else []),
         f"snowmelt sample {path} --grid        # draw more pictures",
-        f"snowmelt evaluate {path}             # measure it",
+        *([] if run.bare else [f"snowmelt evaluate {path}             # measure it"]),
         f"snowmelt report {path}               # write this page again",
     ]
     newest = run.newest_checkpoint()

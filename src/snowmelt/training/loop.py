@@ -31,8 +31,6 @@ BAD_STEPS = 3
 SNAPSHOTS = (0.1, 0.25, 0.5)
 """Shares of the training after which the average weights are kept for good: to guide pictures away from (the first of
 them, by autoguidance), and to measure how the pictures become better."""
-TIMED = 10
-"""Updates after which it is known how fast the machine is on which a run goes on."""
 LAG = 16
 """Updates after which a GPU is asked whether they were finite; asked after each it would stand still meanwhile."""
 ROLLBACKS = 5
@@ -69,7 +67,6 @@ def fit(session: Session, progress: Progress) -> Progress:
     save(session, progress)
     saved, durations, trained = time.monotonic(), list[float](), 0.0
     first, begin, waiting = progress.step + 1, 0.0, list[bool | Tensor]()
-    elsewhere = first > 1
     while not plan.finished(progress.step):
         if session.stop.requested and not waiting:
             save(session, progress)
@@ -103,10 +100,8 @@ def fit(session: Session, progress: Progress) -> Progress:
             recent = min(100, max(10, progress.step // 4))
             durations = [*durations, *[taken / together] * together][-recent:]
             trained += taken
-        look = elsewhere and len(durations) >= TIMED
-        if durations and plan.decides_at(progress.step, trained, progress.elapsed, elsewhere=look):
+        if durations and plan.decides_at(progress.step, trained, progress.elapsed):
             decide(session, progress, fmean(durations))
-            elsewhere = False
         watch.preview_if_due(progress)
         keep_snapshots(session, progress)
         if time.monotonic() - saved >= session.save_every and not progress.in_a_row:

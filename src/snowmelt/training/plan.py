@@ -5,7 +5,8 @@
 The warm-up is at most a fifth of the horizon. A run given by steps has its horizon from the start. A run given by time
 measures itself early and then fixes its horizon, writing it down; at fixed later steps it looks again and moves the
 horizon only if the machine's speed has changed so much that it would miss the time. Every such decision is kept in
-plan.json, so a resumed run repeats it.
+plan.json, so a resumed run repeats it. Another process may be on another machine: it looks as soon as it has measured
+itself. And whenever the time is up the training ends.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Plan:
     path: Path
     decisions: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """(step, horizon) of each decision, by rising step."""
+    resumed: bool = False
+    """Whether other processes have decided all of it: this one has not measured its machine."""
 
     @staticmethod
     def open(path: Path, config: TrainingConfig) -> Plan:
@@ -54,7 +57,7 @@ class Plan:
             decided = []
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged; put it back, or train again with another --out.") from error
-        return Plan(config, path, decided)
+        return Plan(config, path, decided, resumed=bool(decided))
 
     def horizon(self, step: int) -> int | None:
         """The last step, as seen at `step`; None while a run by time is still measuring."""
@@ -85,23 +88,23 @@ class Plan:
             return False
         return any(round(fraction * horizon) == step for fraction in fractions)
 
-    def decides_at(self, step: int, trained: float, elapsed: float = 0.0, *, elsewhere: bool = False) -> bool:
-        """Whether a run by time, having trained for `trained` seconds, should now fix its horizon or look again.
-
-        It looks at fixed steps, and as soon as its time is up, in case the machine is suddenly much slower.
-
-        Args:
-            elapsed: seconds of the run so far.
-            elsewhere: look now, since the run goes on in another process and perhaps on another machine.
+    def decides_at(self, step: int, trained: float, elapsed: float) -> bool:
+        """Whether a run by time should now fix its horizon or look again.
 
         At the horizon itself no longer: the learning rate has come down to zero, and time that is left is left.
+
+        Args:
+            trained: seconds that this process has trained.
+            elapsed: seconds of the run so far, all processes together.
         """
-        if self.config.seconds is None or any(decided >= step for decided, _ in self.decisions) or self.finished(step):
+        if self.config.seconds is None or self.finished(step):
             return False
-        if not self.decisions:
-            return step >= 3 and trained >= MEASURE * self.config.seconds
-        if elsewhere or elapsed >= self.config.seconds:
+        if elapsed >= self.config.seconds:
             return True
+        if any(decided >= step for decided, _ in self.decisions):
+            return False
+        if not self.decisions or self.resumed:
+            return step >= 3 and trained >= MEASURE * self.config.seconds
         first, horizon = self.decisions[0]
         stride = max(1, (horizon - first) // LOOKS)
         return (step - first) % stride == 0
@@ -122,6 +125,8 @@ class Plan:
             finish = elapsed + (present - step) * per_step + per_watch + ending
             if -EARLIER * budget <= finish - AIM * budget <= LATER * budget:
                 possible = present
-        # Never beyond `step` once the time is up: else every look would add one more step, without end.
-        self.decisions.append((step, possible))
+        # Never beyond `step` once the time is up: else every look would add one more step, without end. Decisions for
+        # later steps are of a process that was killed before it had saved them.
+        self.decisions = [*(decision for decision in self.decisions if decision[0] < step), (step, possible)]
+        self.resumed = False
         write_atomic(self.path, json.dumps(self.decisions))
