@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.compare import NO_TIME, CompareOptions, compare
+from snowmelt.comparing import duel
 from snowmelt.comparing import entry as entries
-from snowmelt.comparing.budget import AIM, samples_over_time, samples_within, shares
+from snowmelt.comparing.budget import AIM, LEAST_SAMPLES, samples_over_time, samples_within, shares
 from snowmelt.comparing.duel import Ledger
 from snowmelt.comparing.plots import ROLES, mark_of
 from snowmelt.comparing.verdict import RETRAINED, groups, told_apart, verdict
@@ -326,6 +328,36 @@ def test_runs_of_the_same_name_are_told_apart():
         "c/b/vae",
         "c/d/gan",
     ]
+
+
+def test_a_comparison_trains_all_for_the_same_time_and_measures_them(digits, tmp_path, monkeypatch):
+    """With one step each in place of that time."""
+    asked, out, states = list[list[str]](), tmp_path / "out", list[str]()
+
+    def train(words: list[str], path: Path, _stop: object) -> None:
+        asked.append(words)
+        place = words.index("--for")
+        assert cli([*words[:place], "--steps", "1", *words[place + 2 :], "--precision", "fp32"]) == 0
+
+    honest = entries.draw
+    monkeypatch.setattr(duel, "_train", train)
+    monkeypatch.setattr(entries, "draw", lambda order, *more: (states.append(order.state), honest(order, *more))[1])
+    monkeypatch.setattr("snowmelt.evaluating.draw.seconds_per_picture", lambda *_: 0.2)
+    monkeypatch.setenv("SNOWMELT_CACHE", str(tmp_path / "cache"))
+    words = ["compare", str(digits["data"]), "--for", "4m", "--models", "vae,gan", "--spaces", "random", "--flip"]
+    assert cli([*words, "--seed", "3", "--processes", "1", "--out", str(out)]) == 0
+    found = json.loads((out / "compare.json").read_text())
+    assert [run["model"] for run in found["runs"]] == ["vae", "gan"] and found["seconds"] == 240
+    assert (out / "report.html").is_file() and found["seed"] == 3
+    times = {one[one.index("--for") + 1] for one in asked}
+    assert len(asked) == 2 and len(times) == 1 and 30 < float(times.pop().removesuffix("s")) < 90
+    assert all("--flip" in one and one[one.index("--seed") + 1] == "3" for one in asked)
+    # At 0.4 s for one of each no more are drawn than must be, where 2,000 are usual.
+    assert json.loads((out / "plan.json").read_text())["samples"] == LEAST_SAMPLES
+    assert states == [*map(str, checkpoint.steps_saved(Run.open(out / "vae").snapshots)), "newest"] * 2
+    options = CompareOptions((str(digits["data"]),), out=out)
+    again = duel._command(options, "vae", digits["data"], out / "vae", 9.0)
+    assert again[:3] == ["train", "--resume", str(out / "vae")]
 
 
 def test_an_interrupted_comparison_saves_and_says_how_to_go_on(digits, tmp_path):

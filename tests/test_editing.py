@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from snowmelt.diffusion.editing import (
@@ -232,6 +233,19 @@ def test_an_operator_is_linear_and_keeps_grey_grey(name):
     if name != "shown":
         flat = operator(torch.full((1, channels, 4, 4), 0.3, dtype=torch.float64))
         torch.testing.assert_close(flat, torch.full_like(flat, 0.3), rtol=0, atol=1e-14)  # one sum in float64
+
+
+@pytest.mark.parametrize("width", [0.8, 2.0])
+def test_a_blur_is_that_of_scipy(width):
+    images = draws(2, 1, 9, 9)
+    reach = math.ceil(3 * width)
+    wanted = gaussian_filter(images.numpy(), (0, 0, width, width), mode="nearest", radius=(0, 0, reach, reach))
+    torch.testing.assert_close(blurred(width)(images), torch.from_numpy(wanted), rtol=0, atol=1e-13)
+
+
+def test_grey_is_the_luma_of_the_colours():
+    colours = torch.eye(3, dtype=torch.float64).reshape(3, 3, 1, 1)
+    assert greyed(colours).flatten().tolist() == pytest.approx([0.299, 0.587, 0.114])
 
 
 def matrix_of(operator, channels: int) -> Tensor:

@@ -20,6 +20,8 @@ from snowmelt.device import Precision
 from snowmelt.diffusion.exact import GaussianMixture
 from snowmelt.diffusion.noise import add_noise, alpha_sigma
 from snowmelt.diffusion.process import data_term
+from snowmelt.evaluating.bits import _held_out as held_out
+from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.models import build_model
 from snowmelt.run import Run
 from snowmelt.seeds import generator
@@ -94,6 +96,22 @@ def test_the_same_command_gives_the_same_figures_in_any_batch(untrained):
     }
     assert cli(["evaluate", str(untrained), "--measure", "bits", *QUICK, *FEW, "--seed", "1"]) == 0
     assert report(untrained)["per_picture"]["bound"] != once[0]["per_picture"]["bound"]
+
+
+@pytest.mark.parametrize("more", [["--variance", "forward"], ["--cleanest", "5"]], ids=lambda more: more[0])
+def test_what_is_asked_of_bits_changes_them(untrained, more):
+    few = ["evaluate", str(untrained), "--measure", "bits", *QUICK, *FEW]
+    bounds = list[list[float]]()
+    for words in ([], more):
+        assert cli([*few, *words]) == 0
+        bounds.append(report(untrained)["per_picture"]["bound"])
+    assert all(abs(plain - asked) > 1e-3 for plain, asked in zip(*bounds, strict=True))
+
+
+def test_without_condition_no_class_is_told(untrained):
+    run, options = Run.open(untrained), EvaluateOptions(untrained, pictures=4)
+    assert held_out(run, options).labels is not None
+    assert held_out(run, dataclasses.replace(options, unconditional=True)).labels is None
 
 
 @pytest.mark.parametrize(

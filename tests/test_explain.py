@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from snowmelt.diffusion.process import alpha_bars, forward_jump, linear_betas, l
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.explain import ExplainOptions, explain
 from snowmelt.explaining import charts, parts
-from snowmelt.explaining.network import Network, StepBack, compare, falling, total_bits
+from snowmelt.explaining.network import Network, StepBack, compare, falling, fitting_label, total_bits
 from snowmelt.explaining.process import Process, betas_of, histogram, measured, walk_back, walked
 from snowmelt.explaining.reverse import _errors
 from snowmelt.models import build_model
@@ -239,6 +240,23 @@ def test_with_a_run_the_page_goes_on(network_page):
     assert names >= {"reverse.png", "beliefs.png", "steps.png", "parts.png", "errors.png", "forward.png", "curves.png"}
     with Image.open(network_page.parent / "reverse.png") as sheet:
         assert sheet.width > 9 * 90 and sheet.height > 4 * 90, "ten columns, four rows"
+
+
+@pytest.mark.parametrize("name", ["light", "dark"])
+def test_the_network_is_told_the_class_that_is_asked_for(photo, run, tmp_path, name):
+    page = explain(ExplainOptions(photo, run=run, out=tmp_path / "page", steps=10, class_name=name))
+    assert f"it is told the class <em>{name}</em>" in page.read_text(encoding="utf-8")
+
+
+def test_the_class_that_fits_is_the_one_that_misses_least(run, monkeypatch):
+    model, _ = Run.open(run).load_model(make_precision(torch.device("cpu"), "fp32"))
+    x0 = to_images(torch.from_numpy(photo_pixels())[None])
+    process = Process.of(x0, SCHEDULES["cosine"], 30, 0)
+    for known in (0, 1):
+        guesses = {known: x0, 1 - known: torch.zeros_like(x0)}
+        networks = {label: SimpleNamespace(believe=lambda *_, guess=guess: guess) for label, guess in guesses.items()}
+        monkeypatch.setattr(Network, "of", lambda _model, label, networks=networks: networks[label])
+        assert fitting_label(model, process, 0) == known
 
 
 @pytest.mark.parametrize(

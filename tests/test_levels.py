@@ -120,6 +120,25 @@ def test_importance_follows_what_is_learned_from():
     assert float(told[0].mean()) == pytest.approx(loss / 4, rel=1e-5)
 
 
+@pytest.mark.parametrize("wanted", [0.0, 0.1, 1.0])
+def test_as_many_labels_are_hidden_as_is_asked(wanted):
+    """Else no network would know what a picture of no class is, which guidance goes away from."""
+    config = Config(
+        DataConfig(size=8, channels=1, std=0.6, classes=("a", "b"), counts=(1, 1)),
+        network=UNetConfig(channels=(8,), attention=(False,), groups=4, head_channels=8),
+        diffusion=DiffusionConfig(label_dropout=wanted),
+    )
+    learner, given = build_learner(config, Precision(torch.device("cpu"))), list[Tensor]()
+    assert isinstance(learner, DiffusionLearner)
+    learner.model.denoiser.backbone.register_forward_pre_hook(lambda _, told: given.append(told[2]))
+    labels = torch.arange(2000) % 2
+    learner.update(Batch(torch.zeros(2000, 1, 8, 8), labels), generator(0, "t", 1), 1e-9)
+    hidden = given[0] == 2
+    assert torch.equal(given[0][~hidden], labels[~hidden])
+    # Four standard errors.
+    assert abs(float(hidden.float().mean()) - wanted) <= 4 * math.sqrt(wanted * (1 - wanted) / 2000)
+
+
 def test_dropout_has_random_numbers_of_its_own():
     """Those of the noise would be hidden by themselves; and they are a function of the step as well."""
     config = Config(

@@ -434,6 +434,11 @@ def test_a_failed_attempt_keeps_the_older_dataset(tmp_path, monkeypatch):
         run(folder, tmp_path / "out", size=12)
     assert contents(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x"]
+    # As a power cut leaves it between the two renames.
+    (tmp_path / "out").rename(tmp_path / ".out.replaced-1")
+    with pytest.raises(UserError, match="No space left on device"):
+        run(folder, tmp_path / "out", size=12)
+    assert contents(tmp_path / "out") == before
     monkeypatch.undo()
     assert run(folder, tmp_path / "out", size=12).size == 12, "and is replaced when it goes well"
 

@@ -15,6 +15,8 @@ from snowmelt.data.pixels import to_images
 from snowmelt.diffusion.walk import Step
 from snowmelt.evaluating import quality
 from snowmelt.evaluating.draw import Drawn, Order, draw
+from snowmelt.evaluating.options import EvaluateOptions
+from snowmelt.evaluation.features import random_space
 from snowmelt.models.base import Drawing
 from snowmelt.models.vae import VAEModel
 from snowmelt.run import Run, lock
@@ -79,6 +81,36 @@ def test_figures_say_what_they_are_and_repeat(run, capsys):
         assert len(list(pairs.glob("*.png"))) == 32
     assert cli(["evaluate", str(run.path), "--measure", "copies", "--samples", "99", "--processes", "1"]) == 0
     assert figures(run)["figures"] == [] and figures(run)["memorization"]
+
+
+def test_held_out_pictures_are_the_reference_where_they_are_enough(run, monkeypatch):
+    data = run.open_pictures()
+    monkeypatch.setattr(quality, "ENOUGH", len(data.held_out))
+    rows, words = quality.reference_of(data)
+    assert np.array_equal(rows, data.held_out) and words == "held-out pictures"
+    # In 128 dimensions a Frechet distance needs more of them.
+    assert quality.reference_of(data, random_space(data.channels))[1] == "all pictures"
+    monkeypatch.setattr(quality, "ENOUGH", len(data.held_out) + 1)
+    rows, words = quality.reference_of(data)
+    assert np.array_equal(rows, np.arange(len(data.images))) and words == "all pictures"
+
+
+def test_errors_on_training_and_held_out_pictures_are_told_apart(run, monkeypatch):
+    """Those of the rows that they are called by."""
+    data = run.open_pictures()
+
+    def errors_of(_learner: object, _data: object, rows: np.ndarray, **_: object) -> dict[str, torch.Tensor]:
+        return {"loss": torch.from_numpy(np.isin(rows, data.held_out)) + torch.rand(len(rows))}
+
+    monkeypatch.setattr(quality, "errors_of", errors_of)
+    (gap,) = quality._gaps(run, data, EvaluateOptions(run.path))
+    assert 0 < gap.train < 1 < gap.held_out < 2
+
+
+def test_a_drawing_is_what_is_asked_for(run):
+    asked = EvaluateOptions(run.path, sampler="ddim", steps=7, guidance=3.0)
+    assert quality.drawing_of(asked) == Drawing(sampler="ddim", steps=7, guidance=3.0)
+    assert quality.drawing_of(EvaluateOptions(run.path)) == Drawing()
 
 
 def test_any_number_of_processes_draws_the_same(run):

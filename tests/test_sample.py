@@ -125,6 +125,43 @@ def test_every_way_of_drawing_is_its_own_and_is_noted(digits, tmp_path, words):
     assert np.array_equal(drawn, pixels(tmp_path / "b" / name))
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("--sampler ddpm", "--variance forward"),
+        ("--guidance 4", "--guide projected"),
+        ("--guidance 4", "--guidance-rescale 1"),
+        ("--guidance 4", "--guidance-range -2 4"),
+        ("--guidance 30", "--threshold dynamic"),
+    ],
+)
+def test_each_option_of_drawing_makes_a_difference(digits, tmp_path, words, option):
+    plain = ["sample", str(digits), "--count", "1", "--steps", "6", *words.split()]
+    assert cli([*plain, "--out", str(tmp_path / "without")]) == 0
+    assert cli([*plain, *option.split(), "--out", str(tmp_path / "with")]) == 0
+    without, drawn = (pixels(tmp_path / name / "seed0-00000.png") for name in ("without", "with"))
+    assert abs(drawn - without).max() > 1
+
+
+def test_a_run_that_was_never_shown_pictures_without_class_is_not_asked_for_them(digits, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(digits, run)
+    settings = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(settings.replace("label_dropout = 0.1", "label_dropout = 0.0"))
+    words = [
+        ["sample", str(run), "--guidance", "2"],
+        ["edit", "vary", str(run), str(run / "grid.png")],
+        ["evaluate", str(run), "--measure", "bits", "--unconditional"],
+    ]
+    for one in words:
+        assert cli(one) == 2 and "knows pictures only with their class" in capsys.readouterr().err
+    assert cli([*words[0], "--away-from", "early", "--count", "1", "--steps", "2", "--out", str(tmp_path)]) == 0
+
+
+def test_states_of_a_tenth_a_quarter_and_a_half_are_kept(digits):
+    assert checkpoint.steps_saved(Run.open(digits).snapshots) == [3, 8, 15]
+
+
 def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "MEASURED_LEVELS", 8)
     monkeypatch.setattr(drawing, "MEASURED_PICTURES", 16)

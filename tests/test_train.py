@@ -21,6 +21,7 @@ from snowmelt.config import DataConfig
 from snowmelt.data.prepared import open_prepared
 from snowmelt.device import Precision
 from snowmelt.errors import UserError
+from snowmelt.evaluation.memorization import Gap
 from snowmelt.models import build_learner
 from snowmelt.models.diffusion import DiffusionLearner, DiffusionModel
 from snowmelt.presets import (
@@ -44,7 +45,8 @@ from snowmelt.presets import (
 )
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, train
-from snowmelt.training import session, watch
+from snowmelt.training import loop, session, watch
+from snowmelt.training.alarms import learned_by_heart
 from snowmelt.training.options import overrides_of, resolve
 
 QUICK = ("--precision", "fp32", "--config")
@@ -111,11 +113,13 @@ def test_a_run_tells_its_story(pictures, small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flip", [(), ("--flip",)], ids=["as they are", "mirrored"])
-def test_a_network_is_shown_what_its_pictures_say(pictures, small, tmp_path, flip):
+def test_a_network_is_shown_what_its_pictures_say(pictures, small, tmp_path, monkeypatch, flip):
     """From the first step on, in the weights and in their average, and the same when it begins again."""
-    out = tmp_path / "run"
+    out, honest, streams = tmp_path / "run", session.Stream, list[dict]()
+    monkeypatch.setattr(session, "Stream", lambda *data, **more: (streams.append(more), honest(*data, **more))[1])
     assert start(pictures, out, small, "--steps", "2", *flip) == 0
     run = Run.open(out)
+    assert streams[0]["flip"] == bool(flip)
 
     def known(name: str) -> dict[str, torch.Tensor]:
         tensors = checkpoint.load(run.newest_checkpoint(), name)
@@ -406,6 +410,34 @@ def test_six_pictures_train(small, tmp_path):
     assert not any(line.get("alarm") == "memorization" for line in run.metrics()) and not run.before.exists()
 
 
+def test_pictures_learned_by_heart_are_told_once_and_the_state_before_is_kept(pictures, small, tmp_path, monkeypatch):
+    """And that they are all alike, once a fifth of the training is over."""
+    times = list[bool]()
+
+    def errors(self, rows):
+        held_out = rows is self.data.held_out
+        times.append(held_out)
+        loss = 0.9 if held_out and sum(times) > 2 else 0.1
+        return {watch.LOSS: torch.linspace(loss - 0.01, loss + 0.01, 20)}
+
+    monkeypatch.setattr(watch.Watch, "_errors", errors)
+    monkeypatch.setattr(watch.Watch, "_spread", lambda self, drawn: 0.3)
+    assert start(pictures, tmp_path / "run", small, "--steps", "30") == 0
+    run = Run.open(tmp_path / "run")
+    measured = [line for line in run.metrics() if "held_out_loss" in line]
+    assert len(measured) > 4 and all(line["train_loss"] == pytest.approx(0.1) for line in measured)
+    assert [line["held_out_loss"] for line in measured] == pytest.approx([0.1] * 2 + [0.9] * (len(measured) - 2))
+    (by_heart,) = (line["step"] for line in run.metrics() if line.get("alarm") == "memorization")
+    assert by_heart == measured[2]["step"] and int(run.state_of("before").name) == measured[1]["step"]
+    (alike,) = (line["step"] for line in run.metrics() if line.get("alarm") == "collapse")
+    assert alike == next(line["step"] for line in measured if "spread" in line and line["step"] >= 6)
+
+
+@pytest.mark.parametrize(("low", "beyond_doubt"), [(0.6, True), (0.4, False)])
+def test_a_gap_is_beyond_doubt_at_twice_its_interval(low, beyond_doubt):
+    assert learned_by_heart(Gap("loss", 1.0, 2.0, 1.0, low, 2 - low)) is beyond_doubt
+
+
 def test_the_held_out_error_falls(pictures, small, tmp_path):
     start(pictures, tmp_path / "run", small, "--steps", "80")
     losses = [line["held_out_loss"] for line in Run.open(tmp_path / "run").metrics() if "held_out_loss" in line]
@@ -416,11 +448,11 @@ def test_the_held_out_error_falls(pictures, small, tmp_path):
 def test_non_finite_steps_are_skipped_then_rolled_back(pictures, small, tmp_path, monkeypatch):
     honest = DiffusionLearner.update
     poisoned = {5, 12, 13, 14}
-    calls = {"step": 0}
+    rates = list[float]()
 
     def update(self, batch, rng, learning_rate):
-        calls["step"] += 1
-        if calls["step"] in poisoned:
+        rates.append(learning_rate)
+        if len(rates) in poisoned:
             batch = batch._replace(images=batch.images * math.nan)
         return honest(self, batch, rng, learning_rate)
 
@@ -431,7 +463,8 @@ def test_non_finite_steps_are_skipped_then_rolled_back(pictures, small, tmp_path
     assert state["step"] == 20 and state["skipped"] == 4
     assert state["rollbacks"] == 1
     log = (out / "log.txt").read_text()
-    assert "Step 5 was skipped" in log and "back to step 11" in log
+    assert "Step 5 was skipped" in log and "back to step 11" in log and "0.5 of the learning rate" in log
+    assert rates[14:17] == pytest.approx([rate / 2 for rate in rates[11:14]]), "steps 12 to 14 once more"
     for name in ("weights", "average"):
         for tensor in checkpoint.load(Run.open(out).newest_checkpoint(), name).values():
             assert torch.isfinite(tensor).all()
@@ -721,10 +754,15 @@ def test_a_disk_that_fills_up_elsewhere_is_one_sentence(ready, small, tmp_path, 
     assert cli(["train", "--resume", str(out)]) == 0
 
 
+PREPARING = shlex.split("--seed 3 --background black --fit pad --color grey --classes none")
+
+
 def test_pictures_that_are_gone_are_asked_for(pictures, small, tmp_path, capsys):
     """By the command that makes them again as they were."""
     out = tmp_path / "the run"
-    start(pictures, out, small, "--steps", "2", "--seed", "3", "--background", "black", "--fit", "pad")
+    start(pictures, out, small, "--steps", "2", *PREPARING)
+    data = Run.open(out).config.data
+    assert (data.background, data.fit, data.channels, data.classes) == ("#000000", "pad", 1, ())
     Run.open(out).write_status("stopped")
     shutil.rmtree(out / "data")
     assert cli(["train", "--resume", str(out)]) == 2
@@ -795,6 +833,30 @@ def test_a_run_that_is_stopped_measures_nothing(pictures, small, tmp_path, monke
     assert len(asked) <= 5 and max(asked) == 4
     assert not any("held_out_loss" in line for line in Run.open(out).metrics())
     assert Run.open(out).status()["state"] == "stopped"
+
+
+def test_a_seed_decides_weights_pictures_and_noise(pictures, small, tmp_path, monkeypatch):
+    honest, seeds = (session.Stream, loop.generator), list[tuple[str, int]]()
+
+    def stream(*data, seed, **more):
+        seeds.append(("pictures", seed))
+        return honest[0](*data, seed=seed, **more)
+
+    def generator(seed, *rest, **more):
+        seeds.append(("noise", seed))
+        return honest[1](seed, *rest, **more)
+
+    monkeypatch.setattr(session, "Stream", stream)
+    monkeypatch.setattr(loop, "generator", generator)
+    assert start(pictures, tmp_path / "run", small, "--steps", "2", "--seed", "5") == 0
+    assert set(seeds) == {("pictures", 5), ("noise", 5)}
+    config, cpu = Run.open(tmp_path / "run").config, Precision(torch.device("cpu"))
+    one, same, other = (
+        build_learner(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed)), cpu)
+        for seed in (5, 5, 6)
+    )
+    values = [learner.model.denoiser.backbone.conv_in.weight for learner in (one, same, other)]
+    assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
 
 
 def test_seed_0_is_a_seed_too(tmp_path):

@@ -109,6 +109,8 @@ def _label(options: EditOptions, run: Run) -> int | None:
         if not names:
             raise UserError(f"{run.path} was trained without classes; leave --class away.")
         return choose({name: label for label, name in enumerate(names)}, options.class_name, "class")
+    if run.always_told:
+        raise UserError(f"{run.path} knows pictures only with their class; say which with --class.")
     if names and options.guidance != 1 and options.away_from == "no_class":
         raise UserError("--guidance holds a picture to its class; say which with --class, or add --away-from early.")
     return None

@@ -261,6 +261,10 @@ def export_run(options: ExportOptions) -> Path:
 def _check_classes(options: ExportOptions, run: Run) -> None:
     names = run.config.data.classes
     if options.class_name is None and not options.keep_classes:
+        if options.format == "diffusers" and run.always_told:
+            raise UserError(
+                f"{run.path} knows pictures only with their class; say which with --class, or add --keep-classes."
+            )
         return
     if options.format == "onnx":
         raise UserError("An ONNX file is told the class whenever it is asked; leave --class and --keep-classes away.")

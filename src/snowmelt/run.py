@@ -86,6 +86,12 @@ class Run:
         """Whether it was imported without pictures: it can draw, but not go on training."""
         return "folder" in self.config.request and not self.config.data.fingerprint
 
+    @property
+    def always_told(self) -> bool:
+        """Whether it is a diffusion model that knows pictures only with their class: no label was hidden from it."""
+        config = self.config
+        return config.model == "diffusion" and bool(config.data.classes) and config.diffusion.label_dropout == 0
+
     def open_pictures(self) -> Prepared:
         """The pictures that the run is trained on.
 

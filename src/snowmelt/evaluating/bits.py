@@ -97,8 +97,9 @@ def check_bits(run: Run, options: EvaluateOptions) -> None:
         raise NoLikelihood(
             f"A model such as {run.path} ({run.config.model}) has no likelihood; leave bits out of --measure."
         )
-    if options.unconditional and run.config.data.classes and not issubclass(family, DiffusionModel):
-        raise UserError(f"{run.path} ({run.config.model}) is always told the class; leave --unconditional away.")
+    told = run.always_told or not issubclass(family, DiffusionModel)
+    if options.unconditional and run.config.data.classes and told:
+        raise UserError(f"{run.path} knows pictures only with their class; leave --unconditional away.")
     if pick_device(options.device).type == "mps":
         raise UserError("Likelihoods need double precision, which this device lacks; use --device cpu.")
     _held_out(run, options)

@@ -56,6 +56,11 @@ def make_ready(run: Run, state: Path, model: Model, drawing: Drawing) -> None:
         )
         raise in_a_single_step(run, name)
     if isinstance(model, DiffusionModel):
+        if run.always_told and drawing.guidance != 1 and drawing.away_from == "no_class":
+            raise UserError(
+                f"{run.path} knows pictures only with their class, so that --guidance has nothing to go away from; "
+                "leave it away, or add --away-from early."
+            )
         model.grid(drawing)
         if drawing.away_from == "early" and drawing.guidance != 1:
             early = early_model(run, model)
