@@ -109,11 +109,12 @@ class Run:
 
     def _way_back(self) -> str:
         """What to do about prepared pictures that are gone."""
-        own, source, data = self.path / "data", str(self.config.request.get("source", "")), self.config.data
-        if not source or not (is_builtin(source) or Path(source).exists()):
+        own, source, data = self.path / "data", self.config.request.get("source"), self.config.data
+        if source is not None and not is_builtin(str(source)) and not Path(str(source)).exists():
             # Perhaps that was prepared, and the run had none of its own.
-            return f"put {' or '.join(filter(None, (str(own), source)))} back"
-        words = ["snowmelt", "prepare", source, "--out", own, "--size", data.size, "--seed", self.config.training.seed]
+            return f"put {own} or {source} back"
+        words = ["snowmelt", "prepare", source or "SOURCE", "--out", own, "--size", data.size]
+        words += ["--seed", self.config.training.seed]
         words += ["--color", "grey" if data.channels == 1 else "rgb", "--background", data.background]
         words += ["--fit", data.fit, "--classes", "auto" if data.classes else "none"]
         return f"put {own} back, or make it again with `{shlex.join(map(str, words))}`"
