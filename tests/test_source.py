@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from snowmelt.data.annotations import find_classes, held_out_count, hold_out, read_captions
 from snowmelt.data.formats import misnamed, recognise
-from snowmelt.data.source import Unusable, is_litter, list_source, natural, open_reader, printable, tidy_name
+from snowmelt.data.source import Unusable, is_litter, list_source, natural, open_reader, tidy_name
 from snowmelt.errors import UserError
+from snowmelt.files import printable
 
 # listing
 

@@ -64,6 +64,14 @@ class DataConfig:
         if any("\ud800" <= letter <= "\udfff" for name in self.classes for letter in name):
             raise UserError("A name in data.classes holds half a character; give names that are text.")
 
+    def label_of(self, name: str) -> int:
+        """The label of a class, 0 for the first.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        return choose({known: label for label, known in enumerate(self.classes)}, name, "class")
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:

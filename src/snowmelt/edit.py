@@ -19,7 +19,7 @@ from snowmelt.edits.options import (
     RestoreOptions,
     VaryOptions,
 )
-from snowmelt.errors import UserError, choose
+from snowmelt.errors import UserError
 from snowmelt.files import make_folder
 from snowmelt.terminal import console
 
@@ -108,7 +108,7 @@ def _label(options: EditOptions, run: Run) -> int | None:
     if options.class_name is not None:
         if not names:
             raise UserError(f"{run.path} was trained without classes; leave --class away.")
-        return choose({name: label for label, name in enumerate(names)}, options.class_name, "class")
+        return run.config.data.label_of(options.class_name)
     if run.always_told:
         raise UserError(f"{run.path} knows pictures only with their class; say which with --class.")
     if names and options.guidance != 1 and options.away_from == "no_class":

@@ -273,7 +273,7 @@ def _check_classes(options: ExportOptions, run: Run) -> None:
     if options.class_name is not None and options.keep_classes:
         raise UserError("--class and --keep-classes exclude each other; give one.")
     if options.class_name is not None:
-        choose(dict.fromkeys(names), options.class_name, "class")
+        run.config.data.label_of(options.class_name)
 
 
 def _to_diffusers(folder: Path, model: DiffusionModel, options: ExportOptions) -> None:
@@ -286,8 +286,7 @@ def _to_diffusers(folder: Path, model: DiffusionModel, options: ExportOptions) -
     weights.pop("told_embedding.weight", None)
     diffusion = dataclasses.replace(diffusion, augment=0.0)
     if data.classes and not options.keep_classes:
-        labels = {name: label for label, name in enumerate(data.classes)}
-        label = len(labels) if options.class_name is None else choose(labels, options.class_name, "class")
+        label = len(data.classes) if options.class_name is None else data.label_of(options.class_name)
         # The embeddings of level and class are added, so a class that never changes is part of the bias before it.
         rows = weights.pop("class_embedding.weight")
         weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + rows[label]

@@ -72,10 +72,10 @@ def explain(options: ExplainOptions) -> Path:
     _check(options, out)
     # Late, so that the command line stays instant.
     from snowmelt.data.photo import images_of, read_photo
-    from snowmelt.data.source import printable
     from snowmelt.explaining.forward import forward_part
     from snowmelt.explaining.page import Part, Subject, whole
     from snowmelt.explaining.process import Process
+    from snowmelt.files import printable
 
     run, model = _opened(options)
     name, schedule = _schedule(options, model)
@@ -147,12 +147,11 @@ def _opened(options: ExplainOptions) -> tuple[Run, DiffusionModel] | tuple[None,
 
 
 def _label(options: ExplainOptions, run: Run) -> int | None:
-    names = run.config.data.classes
     if options.class_name is None:
         return None
-    if not names:
+    if not run.config.data.classes:
         raise UserError(f"{run.path} was trained without classes; leave --class away.")
-    return choose({name: label for label, name in enumerate(names)}, options.class_name, "class")
+    return run.config.data.label_of(options.class_name)
 
 
 def _schedule(options: ExplainOptions, model: DiffusionModel | None) -> tuple[str, Schedule]:

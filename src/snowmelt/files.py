@@ -1,4 +1,4 @@
-"""Writing so that a reader, or a power cut, sees the old file or the new one and never a part."""
+"""Writing so that a reader, or a power cut, sees the old file or the new one and never a part; names as text."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def make_folder(path: Path, begun: str | None = None) -> Generator[Path]:
         raise
 
 
+def printable(name: str) -> str:
+    """The name as text that any terminal and any JSON can hold: other bytes and control letters as `\\xff`."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def check_name(path: Path) -> None:
     """Refuse a path that is no text: it is going to be written down.
 
@@ -48,8 +54,9 @@ def check_name(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        readable = os.fsencode(path).decode(errors="backslashreplace")
-        raise UserError(f"The name {readable} is not written in UTF-8; rename the folder or the file.") from None
+        raise UserError(
+            f"The name {printable(str(path))} is not written in UTF-8; rename the folder or the file."
+        ) from None
 
 
 LEFT = ("data", "log.txt")

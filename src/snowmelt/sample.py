@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from snowmelt import __version__
-from snowmelt.errors import UserError, choose, option_of
+from snowmelt.errors import UserError, option_of
 from snowmelt.files import make_folder, write_together
 from snowmelt.terminal import console
 
@@ -174,8 +174,7 @@ def wanted_pictures(options: SampleOptions, run: Run) -> list[Wanted]:
         raise UserError(f"{options.run} was trained without classes; leave --classes away.")
     if options.classes and options.unconditional:
         raise UserError("--classes and --unconditional exclude each other; give one.")
-    labels = {name: label for label, name in enumerate(names)}
-    turn = [choose(labels, name, "class") for name in options.classes] or list(labels.values())
+    turn = [run.config.data.label_of(name) for name in options.classes] or list(range(len(names)))
     by_chance = partial(class_by_chance, run.config.data)
     pick = by_chance if options.unconditional and names else _in_turn(turn)
     numbers = range(options.first, options.first + options.count)

@@ -142,15 +142,14 @@ def _command(options: CompareOptions, family: str, data: Path, path: Path, secon
 def _train(words: list[str], path: Path, stop: Stop) -> None:
     # In a session of its own, so that a Ctrl-C does not reach it twice: a second signal that comes late would end it
     # unsaved.
+    # On Windows it does, and to terminate is to end it unsaved.
+    asked = os.name == "nt"
     command = [sys.executable, "-P", "-m", "snowmelt", *words]
     process = subprocess.Popen(command, start_new_session=True)  # noqa: S603  our own command line
-    asked = False
     while process.poll() is None:
         if stop.requested and not asked:
             asked = True
-            # On Windows a Ctrl-C does reach it, and to terminate is to end it unsaved.
-            if os.name != "nt":
-                process.terminate()
+            process.terminate()
         time.sleep(POLL)
     if stop.requested:
         raise Stopped(f"Everything is saved in {path.parent}; the same command continues.", stop.signal or 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from snowmelt.comparing.rows import figure_of, name_of, pairs_measured, runs_of
-from snowmelt.data.source import printable
+from snowmelt.files import printable
 from snowmelt.pages.charts import Chart, Line, Paint, lines_chart
 from snowmelt.pages.measures import SPACES, WORDS, Measure, measures_of
 from snowmelt.pages.reading import finite, tables

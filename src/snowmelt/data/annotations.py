@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from snowmelt.data.source import natural, printable, tidy_name
+from snowmelt.data.source import natural, tidy_name
 from snowmelt.errors import UserError
+from snowmelt.files import printable
 
 METADATA = "metadata.jsonl"
 # Folders that name a part of a data set and not what is in the pictures.
@@ -96,12 +97,11 @@ def hold_out(digests: Sequence[bytes], labels: np.ndarray | None, seed: int) -> 
         groups[digest].append(row)
     if len(groups) < 2:
         raise UserError(f"All {len(digests)} pictures are the same picture; training needs at least 2 different ones.")
-    kinds = np.zeros(len(digests), dtype=np.int64) if labels is None else labels
+    kinds = [0] * len(digests) if labels is None else labels.tolist()
     target = held_out_count(len(digests))
-    room = _shares(np.bincount(kinds), target)
+    room, kept = _shares(np.bincount(kinds), target), Counter(kinds)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(groups))
     rows = list(groups.values())
-    kept = np.bincount(kinds)
     chosen: list[int] = []
     left = [rows[place] for place in order]
     # Where duplicates did not fit their class's share, others make up the number; last those that a class needs.
@@ -109,14 +109,15 @@ def hold_out(digests: Sequence[bytes], labels: np.ndarray | None, seed: int) -> 
         groups_left, left = left, []
         for group in groups_left:
             # Copies may be of several classes; the first one's share they are of.
-            kind, taken = int(kinds[group[0]]), np.bincount(kinds[group], minlength=len(kept))
-            fits = len(group) <= (room[kind] if in_share else target - len(chosen))
-            if fits and not (sparing and (taken[taken > 0] >= kept[taken > 0]).any()):
-                room[kind] -= len(group)
-                kept -= taken
-                chosen += group
-            else:
-                left.append(group)
+            kind = kinds[group[0]]
+            if len(group) <= (room[kind] if in_share else target - len(chosen)):
+                taken = Counter(kinds[row] for row in group)
+                if not sparing or all(count < kept[one] for one, count in taken.items()):
+                    room[kind] -= len(group)
+                    kept.subtract(taken)
+                    chosen += group
+                    continue
+            left.append(group)
     return np.array(sorted(chosen or min(left, key=len)), dtype=np.int64)
 
 

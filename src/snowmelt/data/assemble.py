@@ -31,12 +31,12 @@ from snowmelt.data.source import (
     list_source,
     open_reader,
     packing,
-    printable,
     unpack,
     walk,
 )
 from snowmelt.data.workers import Outcome, Pool, decoding_pool
 from snowmelt.errors import UserError
+from snowmelt.files import printable
 
 SIZES = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 _LOOKED_AT = 4096

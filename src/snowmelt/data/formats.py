@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from snowmelt.data.source import Unusable, printable
+from snowmelt.data.source import Unusable
+from snowmelt.files import printable
 
 HEAD_BYTES = 4096
 

@@ -24,7 +24,8 @@ def read_photo(path: Path, recipe: Recipe, what: str = "photo") -> Picture:
         UserError: there is no such file, or no picture in it.
     """
     from snowmelt.data.decode import decode
-    from snowmelt.data.source import Unusable, printable
+    from snowmelt.data.source import Unusable
+    from snowmelt.files import printable
 
     try:
         return decode(_bytes_of(path, what), printable(path.name), recipe)

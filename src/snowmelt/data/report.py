@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snowmelt.data.source import printable
+from snowmelt.files import printable
 
 
 @dataclass(frozen=True)

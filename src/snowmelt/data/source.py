@@ -358,12 +358,6 @@ def tidy_name(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def printable(name: str) -> str:
-    """The name as text that any terminal and any JSON can hold: other bytes and control letters as `\\xff`."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
 def natural(name: str) -> list[tuple[bool, int, str]]:
     """A sorting key that puts `2` before `10`, and numbers before words."""
     return [_rank(part) for part in re.split(r"([0-9]+)", name) if part]

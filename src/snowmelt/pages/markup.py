@@ -13,7 +13,7 @@ import re
 
 from PIL import Image
 
-from snowmelt.data.source import printable
+from snowmelt.files import printable
 from snowmelt.pages.mathml import formulas, mathml
 
 
