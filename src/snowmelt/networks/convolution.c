@@ -16,17 +16,21 @@
    then what is multiplied is rounded to bfloat16 too, for processors that multiply that twice as fast. Weights and
    their gradients are float32 in both. */
 
-#include <omp.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
 #define INLINE static inline __attribute__((always_inline))
 
+#if defined(BF16) && defined(__AMX_BF16__)
+#include "tiles.h"
+#else
+
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "room.h"
+
 #ifdef BF16
-#if !defined(__AVX512BF16__) || defined(__AMX_BF16__)
-#error "this processor does not multiply bfloat16, or it multiplies whole tiles, which torch makes use of"
+#ifndef __AVX512BF16__
+#error "this processor does not multiply bfloat16"
 #endif
 #include <immintrin.h>
 enum { LANES = 16, LINE = 32, TOGETHER = 2 };
@@ -40,7 +44,7 @@ typedef float factor;
 /* A number is one of a map, LINE of them are a line of the cache. A factor is what a product multiplies at once:
    TOGETHER numbers that follow each other along the sum. */
 
-enum { PLACES = 36, PANEL = 16, ALIGN = 64 };
+enum { PLACES = 36, PANEL = 16 };
 
 #if defined(__AVX512VL__)
 enum { ROWS = 12 }; /* of products at once: so many as there are registers for */
@@ -175,34 +179,6 @@ static void products(int64_t rows, int64_t columns, const factor *a, int64_t row
               c_row, depth, add);
     if (LANES == (int)PANEL && panel < columns)
         strip(rows, 0, a, row, along, b + panel / PANEL * beside, below, 0, c + panel, c_row, depth, add);
-}
-
-/* Room that a thread keeps for the next call, for as long as it lives. */
-static __thread float *shared_room, *own_room;
-static __thread int64_t shared_size, own_size;
-static pthread_key_t ending;
-static pthread_once_t once = PTHREAD_ONCE_INIT;
-static int begun;
-
-static void at_the_end(void *any) {
-    (void)any;
-    free(shared_room), free(own_room);
-    shared_room = own_room = NULL, shared_size = own_size = 0;
-}
-
-static void begin(void) { begun = !pthread_key_create(&ending, at_the_end); }
-
-/* NULL if there is none. */
-static float *room_for(float **kept, int64_t *size, int64_t needed) {
-    if (*size < needed) {
-        pthread_once(&once, begin);
-        if (begun) pthread_setspecific(ending, &ending);
-        free(*kept);
-        *kept = NULL, *size = 0;
-        if (posix_memalign((void **)kept, ALIGN, needed * sizeof(float))) *kept = NULL;
-        else *size = needed;
-    }
-    return *kept;
 }
 
 /* A map and its tiles. */
@@ -386,6 +362,9 @@ static int64_t tiles_at_once(int64_t tiles, int64_t numbers) {
     return (even + ROWS - 1) / ROWS * ROWS;
 }
 
+/* Whether this process may use what was compiled. */
+int ready(void) { return 1; }
+
 /* y (batch, height, width, out) of x (batch, height, width, channels).
 
    `turned`: w is (channels, 3, 3, out) and turned by half a circle, as for the gradient by x. `bias` and `added`, which
@@ -499,3 +478,5 @@ int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, 
     }
     return 0;
 }
+
+#endif

@@ -25,14 +25,16 @@ SMALLEST = 3
 """Side of the maps from which on a tile of 4 x 4 answers is not mostly margin."""
 
 FUNCTIONS = (
+    ("ready", ()),
     ("convolve", (*(POINTER,) * 5, *(COUNT,) * 5, SWITCH)),
     ("weight_gradient", (*(POINTER,) * 4, *(COUNT,) * 5)),
 )
 
 
 def compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of the C file for maps of this type; None where they cannot be compiled."""
-    return library("convolution", FUNCTIONS, FLAGS[dtype]) if dtype in FLAGS else None
+    """The functions of the C file for maps of this type; None where they cannot be compiled or used."""
+    found = library("convolution", FUNCTIONS, FLAGS[dtype]) if dtype in FLAGS else None
+    return found if found and found.ready() else None
 
 
 def kernels_for(x: Tensor, weight: Tensor) -> torch.dtype | None:
