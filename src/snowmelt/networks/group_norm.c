@@ -2,8 +2,9 @@
 
        y = f(gamma (x - mean) / sqrt(variance + epsilon) + beta),      f(h) = h / (1 + exp(-h)), or h itself
 
-   x is (batch, places, channels); gamma and beta are (batch, channels), since a block is told its level; mean and
-   variance are those of a group of channels over all places of one picture. A picture is walked through twice, in the
+   x is (batch, places, channels); mean and variance are those of a group of channels over all places of one picture.
+   gamma and beta are weights of a channel, but where a block is told its level, by a scale and a shift of each channel,
+   (batch, 2, channels): then they are gamma (1 + scale) and beta (1 + scale) + shift. A picture is walked through twice, in the
    order in which it lies in memory; torch's own kernels walk through NHWC maps many times over. Sums are float32 over
    the places of a channel, of differences from a typical value of it, and double over the channels of a group.
 
@@ -182,11 +183,20 @@ static void back(const number *x, const float *dh, const float *middle, const fl
     }
 }
 
-/* One picture; mean and inverse, 1 / sqrt(variance + epsilon), are of its groups. `room` is for 3 times its channels. */
-static void forward_one(const number *x, const float *gamma, const float *beta, number *y, float *mean, float *inverse,
-                        float *room, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
+/* gamma and beta of one picture, which may be told something or not. */
+static void entered(const float *gamma, const float *beta, const float *told, float *a, float *b, int64_t channels) {
+    for (int64_t c = 0; c < channels; c++) {
+        const float scale = told ? 1 + told[c] : 1;
+        a[c] = gamma[c] * scale;
+        b[c] = beta[c] * scale + (told ? told[channels + c] : 0);
+    }
+}
+
+/* One picture; mean and inverse, 1 / sqrt(variance + epsilon), are of its groups. `room` is for 5 times its channels. */
+static void forward_one(const number *x, const float *gamma, const float *beta, const float *told, number *y, float *mean,
+                        float *inverse, float *room, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
     const int64_t width = channels / groups;
-    float *from = room, *a = from + channels, *b = a + channels;
+    float *from = room, *a = from + channels, *b = a + channels, *scale = b + channels, *shift = scale + channels;
     typical(x, from, places, channels);
     sums(x, from, a, b, places, channels);
     for (int64_t g = 0; g < groups; g++) {
@@ -201,9 +211,10 @@ static void forward_one(const number *x, const float *gamma, const float *beta, 
         mean[g] = (float)sum;
         inverse[g] = (float)(1 / sqrt(fmax(squares / (width * places), 0) + epsilon));
     }
+    entered(gamma, beta, told, scale, shift, channels);
     for (int64_t c = 0; c < channels; c++) {
-        a[c] = inverse[c / width] * gamma[c];
-        b[c] = beta[c] - mean[c / width] * a[c];
+        a[c] = inverse[c / width] * scale[c];
+        b[c] = shift[c] - mean[c / width] * a[c];
     }
     if (silu) apply(x, a, b, y, places, channels, 1);
     else apply(x, a, b, y, places, channels, 0);
@@ -216,25 +227,25 @@ static double sum_of(const float *values, int64_t g, int64_t width) {
     return sum;
 }
 
-/* One picture, from dy; `room` is for 5 + places times its channels. */
-static void backward_one(const number *x, const float *gamma, const float *beta, const float *mean,
+/* One picture, from dy; dgamma and dbeta are by what it entered with. `room` is for 6 + places times its channels. */
+static void backward_one(const number *x, const float *gamma, const float *beta, const float *told, const float *mean,
                          const float *inverse, const number *dy, number *dx, float *dgamma, float *dbeta, float *room,
                          int64_t places, int64_t channels, int64_t groups, int silu) {
     const int64_t width = channels / groups;
     const double count = (double)(width * places);
     float *middle = room, *a = middle + channels, *b = a + channels;
-    float *first = b + channels, *second = first + channels, *dh = second + channels;
+    float *first = b + channels, *second = first + channels, *scale = second + channels, *dh = scale + channels;
+    entered(gamma, beta, told, scale, b, channels);
     for (int64_t c = 0; c < channels; c++) {
         middle[c] = mean[c / width];
-        a[c] = inverse[c / width] * gamma[c];
-        b[c] = beta[c];
+        a[c] = inverse[c / width] * scale[c];
     }
     if (silu) slopes(x, dy, middle, a, b, dh, dbeta, dgamma, places, channels, 1);
     else slopes(x, dy, middle, a, b, dh, dbeta, dgamma, places, channels, 0);
     for (int64_t c = 0; c < channels; c++) {
         dgamma[c] *= inverse[c / width];
-        first[c] = gamma[c] * dbeta[c];
-        second[c] = gamma[c] * dgamma[c];
+        first[c] = scale[c] * dbeta[c];
+        second[c] = scale[c] * dgamma[c];
     }
     /* dx = inverse (gamma dh - mean of first - (x - mean) inverse mean of second), the means over the whole group. */
     for (int64_t g = 0; g < groups; g++) {
@@ -247,18 +258,19 @@ static void backward_one(const number *x, const float *gamma, const float *beta,
     back(x, dh, middle, a, first, second, dx, places, channels);
 }
 
-/* All pictures of a batch; mean and inverse come out, (batch, groups). Not 0 if there was no memory. */
-int forward(const number *x, const float *gamma, const float *beta, number *y, float *mean, float *inverse,
-            int64_t batch, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
+/* All pictures of a batch; mean and inverse come out, (batch, groups). `told` may be NULL. Not 0 if there was no
+   memory. */
+int forward(const number *x, const float *gamma, const float *beta, const float *told, number *y, float *mean,
+            float *inverse, int64_t batch, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *room = malloc(3 * channels * sizeof(float));
+        float *room = malloc(5 * channels * sizeof(float));
         failed = room == NULL;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < batch; n++)
             if (!failed)
-                forward_one(x + n * places * channels, gamma + n * channels, beta + n * channels,
+                forward_one(x + n * places * channels, gamma, beta, told ? told + n * 2 * channels : NULL,
                             y + n * places * channels, mean + n * groups, inverse + n * groups, room, places, channels,
                             groups, epsilon, silu);
         free(room);
@@ -266,22 +278,41 @@ int forward(const number *x, const float *gamma, const float *beta, number *y, f
     return failed;
 }
 
-/* All pictures of a batch; dx, and dgamma and dbeta (batch, channels), come out. Not 0 if there was no memory. */
-int backward(const number *x, const float *gamma, const float *beta, const float *mean, const float *inverse,
-             const number *dy, number *dx, float *dgamma, float *dbeta, int64_t batch, int64_t places,
-             int64_t channels, int64_t groups, int silu) {
-    int failed = 0;
+/* All pictures of a batch; dx, dgamma and dbeta (channels), and dtold (batch, 2, channels) if it was told something, come
+   out. Not 0 if there was no memory. */
+int backward(const number *x, const float *gamma, const float *beta, const float *told, const float *mean,
+             const float *inverse, const number *dy, number *dx, float *dgamma, float *dbeta, float *dtold,
+             int64_t batch, int64_t places, int64_t channels, int64_t groups, int silu) {
+    float *each = malloc(batch * 2 * channels * sizeof(float));
+    int failed = each == NULL;
 #pragma omp parallel reduction(| : failed)
     {
-        float *room = malloc((5 + places) * channels * sizeof(float));
-        failed = room == NULL;
+        float *room = malloc((6 + places) * channels * sizeof(float));
+        failed |= room == NULL;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < batch; n++)
             if (!failed)
-                backward_one(x + n * places * channels, gamma + n * channels, beta + n * channels, mean + n * groups,
-                             inverse + n * groups, dy + n * places * channels, dx + n * places * channels,
-                             dgamma + n * channels, dbeta + n * channels, room, places, channels, groups, silu);
+                backward_one(x + n * places * channels, gamma, beta, told ? told + n * 2 * channels : NULL,
+                             mean + n * groups, inverse + n * groups, dy + n * places * channels,
+                             dx + n * places * channels, each + n * 2 * channels, each + (n * 2 + 1) * channels, room,
+                             places, channels, groups, silu);
         free(room);
     }
+    if (!failed) {
+        memset(dgamma, 0, channels * sizeof(float)), memset(dbeta, 0, channels * sizeof(float));
+        for (int64_t n = 0; n < batch; n++) {
+            const float *by_gamma = each + n * 2 * channels, *by_beta = by_gamma + channels;
+            for (int64_t c = 0; c < channels; c++) {
+                const float scale = told ? 1 + told[n * 2 * channels + c] : 1;
+                dgamma[c] += by_gamma[c] * scale;
+                dbeta[c] += by_beta[c] * scale;
+                if (told) {
+                    dtold[n * 2 * channels + c] = by_gamma[c] * gamma[c] + by_beta[c] * beta[c];
+                    dtold[(n * 2 + 1) * channels + c] = by_beta[c];
+                }
+            }
+        }
+    }
+    free(each);
     return failed;
 }

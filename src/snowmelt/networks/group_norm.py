@@ -23,8 +23,8 @@ FLAGS = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 """By the type of the maps: what the compiler is told."""
 
 FUNCTIONS = (
-    ("forward", (*(POINTER,) * 6, *(COUNT,) * 4, NUMBER, SWITCH)),
-    ("backward", (*(POINTER,) * 9, *(COUNT,) * 4, SWITCH)),
+    ("forward", (*(POINTER,) * 7, *(COUNT,) * 4, NUMBER, SWITCH)),
+    ("backward", (*(POINTER,) * 11, *(COUNT,) * 4, SWITCH)),
 )
 
 
@@ -60,37 +60,42 @@ def channels_last_pays(device: torch.device) -> bool:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: float, silu: bool
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, told: Tensor | None, groups: int, epsilon: float, silu: bool
     ) -> Tensor:
         batch, channels, height, width = x.shape
         answer = torch.empty_like(x)
-        mean, inverse = (torch.empty(batch, groups, dtype=torch.float32, device=x.device) for _ in range(2))
+        mean, inverse = torch.empty(2, batch, groups).unbind()
         kernels = compiled(x.dtype)
         assert kernels is not None
-        tensors = (x, gamma, beta, answer, mean, inverse)
-        if kernels.forward(*map(Tensor.data_ptr, tensors), batch, height * width, channels, groups, epsilon, silu):
+        pointers = map(_pointer, (x, gamma, beta, told, answer, mean, inverse))
+        if kernels.forward(*pointers, batch, height * width, channels, groups, epsilon, silu):
             raise MemoryError("no memory for a group norm")
-        ctx.save_for_backward(x, gamma, beta, mean, inverse)
+        ctx.save_for_backward(x, gamma, beta, told, mean, inverse)
         ctx.groups, ctx.silu = groups, silu
         return answer
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, gamma, beta, mean, inverse = ctx.saved_tensors
+        x, gamma, beta, told, mean, inverse = ctx.saved_tensors
         batch, channels, height, width = x.shape
         slope = slopes[0].contiguous(memory_format=torch.channels_last)
         dx, dgamma, dbeta = torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(beta)
+        dtold = None if told is None else torch.empty_like(told)
         kernels = compiled(x.dtype)
         assert kernels is not None
-        tensors = (x, gamma, beta, mean, inverse, slope, dx, dgamma, dbeta)
-        if kernels.backward(*map(Tensor.data_ptr, tensors), batch, height * width, channels, ctx.groups, ctx.silu):
+        pointers = map(_pointer, (x, gamma, beta, told, mean, inverse, slope, dx, dgamma, dbeta, dtold))
+        if kernels.backward(*pointers, batch, height * width, channels, ctx.groups, ctx.silu):
             raise MemoryError("no memory for the gradient of a group norm")
-        return dx, dgamma, dbeta, None, None, None
+        return dx, dgamma, dbeta, dtold, None, None, None
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm`, then x (1 + scale) + shift where these are given, then SiLU if it is asked for.
+    """`nn.GroupNorm`, then x (1 + scale) + shift where it is told these, then SiLU if it is asked for.
 
     Args:
         silu: whether SiLU follows.
@@ -100,22 +105,23 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=epsilon)
         self.silu = silu
 
-    def forward(self, input: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Like `input`, (batch, channels, height, width); scale and shift, both or none, are (batch, channels)."""
+    def forward(self, input: Tensor, told: Tensor | None = None) -> Tensor:
+        """Like `input`, (batch, channels, height, width); it is told (batch, 2 channels), the scales and the shifts."""
         if for_compiler():
-            return by_channels(self, input, scale, shift)
+            return by_channels(self, input, told)
         if self.weight.dtype != torch.float32 or kernels_for(input) is None:
             hidden = super().forward(input)
-            if scale is not None and shift is not None:
-                hidden = torch.addcmul(shift[:, :, None, None], hidden, 1 + scale[:, :, None, None])
+            if told is not None:
+                scale, shift = told.to(hidden.dtype)[:, :, None, None].chunk(2, dim=1)
+                hidden = torch.addcmul(shift, hidden, 1 + scale)
             return F.silu(hidden) if self.silu else hidden
-        gamma, beta = self.weight.expand(len(input), -1), self.bias.expand(len(input), -1)
-        if scale is not None and shift is not None:
-            gamma, beta = gamma * (1 + scale.float()), torch.addcmul(shift.float(), beta, 1 + scale.float())
-        return _Fused.apply(input, gamma.contiguous(), beta.contiguous(), self.num_groups, self.eps, self.silu)
+        if told is not None:
+            assert told.shape == (len(input), 2 * self.num_channels), "C reads as many"
+            told = told.float().contiguous()
+        return _Fused.apply(input, self.weight, self.bias, told, self.num_groups, self.eps, self.silu)
 
 
-def by_channels(norm: GroupNorm, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def by_channels(norm: GroupNorm, x: Tensor, told: Tensor | None) -> Tensor:
     """The same as one line x a + b for each channel, whose sums are over places only: for a compiler.
 
     torch's own is written for maps that hold a channel after the other. Where the channels of a place lie beside each
@@ -131,7 +137,8 @@ def by_channels(norm: GroupNorm, x: Tensor, scale: Tensor | None, shift: Tensor 
     a = norm.weight.unflatten(0, (norm.num_groups, -1)) * inverse
     b = norm.bias.unflatten(0, (norm.num_groups, -1)) - mean * a
     a, b = a.flatten(1), b.flatten(1)
-    if scale is not None and shift is not None:
+    if told is not None:
+        scale, shift = told.chunk(2, dim=1)
         a, b = a * (1 + scale), b * (1 + scale) + shift
     hidden = wide * a[:, :, None, None] + b[:, :, None, None]
     return (F.silu(hidden) if norm.silu else hidden).to(x.dtype)

@@ -158,6 +158,7 @@ class UNet(nn.Module):
         if told is not None:
             assert self.told_embedding is not None, "a network that knows of no changes was told of some"
             embedding = embedding + self.told_embedding(told.to(x.dtype))
+        embedding = F.silu(embedding)
         maps = [self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)]
         for down in self.down_blocks:
             maps += down(maps[-1], embedding)
