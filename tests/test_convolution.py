@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from snowmelt.networks import convolution
 from snowmelt.networks.convolution import SMALLEST, Convolution, compiled, kernels_for
 
 HALF = torch.bfloat16
@@ -67,7 +68,8 @@ def test_it_is_torchs_convolution_and_its_gradients(compiler, shape, out):
 @pytest.mark.parametrize("out", [16, 80])
 def test_in_bfloat16_it_is_as_near_as_that_can_be(half, shape, out):
     """Transformed numbers are rounded by 2^-9 and the transformations multiply that by some five; so does rounding the
-    answer. Means of squares, since the largest of many errors is some four times larger."""
+    answer. Means of squares, since the largest of many errors is some four times larger. Products of tiles are direct,
+    and nearer."""
     torch.manual_seed(0)
     layer = Convolution(shape[1], out).to(memory_format=torch.channels_last)
     x = last(*shape, seed=0, dtype=HALF).requires_grad_()
@@ -87,6 +89,17 @@ def test_in_bfloat16_it_is_as_near_as_that_can_be(half, shape, out):
         assert float((one.double() - other).square().mean() / other.square().mean()) < 0.015**2
     # Those of the bias are float32 sums of what is given.
     assert away(layer.bias.grad, given[2].grad) < 1e-5
+
+
+def test_kernels_that_the_system_does_not_allow_are_not_used(monkeypatch):
+    """Tiles have to be asked for."""
+
+    class Refused:
+        def ready(self) -> int:
+            return 0
+
+    monkeypatch.setattr(convolution, "library", lambda *_: Refused())
+    assert compiled(HALF) is None and kernels_for(last(2, 16, 8, 8, seed=0), torch.empty(16, 16, 3, 3)) is None
 
 
 def test_bfloat16_is_rounded_to_the_nearest(half):

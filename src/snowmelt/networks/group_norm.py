@@ -64,7 +64,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         batch, channels, height, width = x.shape
         answer = torch.empty_like(x)
-        mean, inverse = torch.empty(2, batch, groups).unbind()
+        mean, inverse = torch.empty(2, batch, groups, dtype=torch.float32, device=x.device).unbind()
         kernels = compiled(x.dtype)
         assert kernels is not None
         pointers = map(_pointer, (x, gamma, beta, told, answer, mean, inverse))
