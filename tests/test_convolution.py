@@ -1,4 +1,4 @@
-"""The convolution by Winograd's filtering beside torch's own in double precision."""
+"""The convolution of ours beside torch's own in double precision."""
 
 import subprocess
 import sys
@@ -63,8 +63,10 @@ def test_it_is_torchs_convolution_and_its_gradients(compiler, shape, out):
     torch.testing.assert_close(layer(x), layer(x, torch.zeros_like(added)), rtol=0, atol=0)
 
 
-# An odd number of tiles too, and of panels.
-@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 32, 5, 7), (1, 48, 3, 3), (2, 16, 3, 13), (9, 64, 32, 32)])
+# An odd number of tiles too, and of panels; the last has more weights than places, and sums over them in several parts.
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 8, 8), (3, 32, 5, 7), (1, 48, 3, 3), (2, 16, 3, 13), (9, 64, 32, 32), (8, 512, 8, 8)]
+)
 @pytest.mark.parametrize("out", [16, 80])
 def test_in_bfloat16_it_is_as_near_as_that_can_be(half, shape, out):
     """Transformed numbers are rounded by 2^-9 and the transformations multiply that by some five; so does rounding the
@@ -86,7 +88,9 @@ def test_in_bfloat16_it_is_as_near_as_that_can_be(half, shape, out):
     exact.backward(slope.double())
     for one, other in zip((answer, x.grad, layer.weight.grad), (exact, *(t.grad for t in given[:2])), strict=True):
         assert one is not None and other is not None
-        assert float((one.double() - other).square().mean() / other.square().mean()) < 0.015**2
+        assert float((one.double() - other).detach().square().mean() / other.square().mean()) < 0.015**2
+        # Of a hundred thousand errors the largest is some five times the usual one, and so is the largest value.
+        assert away(one, other) < 0.03
     # Those of the bias are float32 sums of what is given.
     assert away(layer.bias.grad, given[2].grad) < 1e-5
 
@@ -166,15 +170,20 @@ def test_a_picture_does_not_depend_on_its_batch_nor_on_threads(compiler, dtype, 
     assert max(map(away, one, three)) < 1e-5
 
 
-def test_threads_without_a_tile_add_nothing(compiler):
-    """289 tiles among 18 threads are 17 each, and none for the last."""
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_threads_without_a_tile_add_nothing(compiler, dtype):
+    """289 tiles among 18 threads are 17 each, and none for the last; of 150 tiles of 32 places 9, and none either."""
+    if compiled(dtype) is None:
+        pytest.skip("bfloat16 is left to torch here")
     layer = Convolution(16, 16).to(memory_format=torch.channels_last)
-    x = last(1, 16, 68, 68, seed=9)
+    x = last(1, 16, 68, 68, seed=9, dtype=dtype)
     threads, found = torch.get_num_threads(), []
     try:
         for number in (1, 18, 18):
             torch.set_num_threads(number)
-            found.append(torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())))
+            with torch.autocast("cpu", dtype, enabled=dtype is HALF):
+                answer = layer(x)
+            found.append(torch.autograd.grad(answer, list(layer.parameters()), torch.ones_like(answer)))
     finally:
         torch.set_num_threads(threads)
     one, many, again = found

@@ -33,6 +33,7 @@ class Told(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, embedding: Features) -> Tensor:
+        embedding = F.silu(embedding)
         for layer in self.layers:
             x = layer(x, embedding) if isinstance(layer, ResnetBlock) else layer(x)
         return x
@@ -94,7 +95,7 @@ class Autoencoder(nn.Module):
         assert (labels is None) == (not self.classes), "labels are for a network with classes, and it needs them"
         device = self.class_embedding.weight.device
         labels = torch.zeros(count, dtype=torch.long, device=device) if labels is None else labels
-        return F.silu(self.class_embedding(labels))
+        return self.class_embedding(labels)
 
 
 class PatchCritic(nn.Module):

@@ -1,10 +1,13 @@
-"""The 3 x 3 convolution by Winograd's minimal filtering: a quarter of the multiplications.
+"""The 3 x 3 convolution on a CPU, with the channels of a place beside each other (`channels_last`).
 
-On a CPU, with the channels of a place beside each other (`channels_last`), tiles of 4 x 4 answers are computed in a
-space where a convolution is 36 products of matrices (Lavin & Gray 2015, arXiv:1509.09308). `convolution.c` is compiled
-where that can be done (`kernels.py`), under autocast to bfloat16 only where the processor multiplies that; elsewhere
-torch computes the same. The error is some five times that of a direct convolution in either format: of the spread of
-an answer 5e-7 in float32, 1 % in bfloat16.
+`winograd.h`: tiles of 4 x 4 answers are computed in a space where a convolution is 36 products of matrices, a quarter
+of the multiplications (Lavin & Gray 2015, arXiv:1509.09308). The error is some five times that of a direct convolution
+in either format: of the spread of an answer 5e-7 in float32, 1 % in bfloat16.
+
+`tiles.h`: directly, in bfloat16 on a processor that multiplies tiles of it (AMX), with an error of 0.2 %.
+
+`convolution.c`, which takes one of them in, is compiled where that can be done (`kernels.py`), under autocast to
+bfloat16 only where the processor multiplies that; elsewhere torch computes the same.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from snowmelt.networks.kernels import COUNT, POINTER, SWITCH, library
 PANEL = 16
 """What both numbers of channels must divide by."""
 SMALLEST = 3
-"""Side of the maps from which on a tile of 4 x 4 answers is not mostly margin."""
+"""Side of the maps from which on what is computed is not mostly margin."""
 
 FUNCTIONS = (
     ("ready", ()),
@@ -60,7 +63,7 @@ def _kernels(dtype: torch.dtype) -> ctypes.CDLL:
     return kernels
 
 
-class _Winograd(torch.autograd.Function):
+class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None) -> Tensor:  # type: ignore[override]
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -111,4 +114,4 @@ class Convolution(nn.Conv2d):
         if added is not None:
             assert added.shape == (len(input), self.out_channels, *input.shape[2:]), "C reads as many as it writes"
             added = added.to(dtype).contiguous(memory_format=torch.channels_last)
-        return _Winograd.apply(input.to(dtype), self.weight, self.bias, added)
+        return _Convolve.apply(input.to(dtype), self.weight, self.bias, added)

@@ -4,8 +4,8 @@
 
    x is (batch, places, channels); mean and variance are those of a group of channels over all places of one picture.
    gamma and beta are weights of a channel, but where a block is told its level, by a scale and a shift of each channel,
-   (batch, 2, channels): then they are gamma (1 + scale) and beta (1 + scale) + shift. A picture is walked through twice, in the
-   order in which it lies in memory; torch's own kernels walk through NHWC maps many times over. Sums are float32 over
+   (batch, 2, channels): then they are gamma (1 + scale) and beta (1 + scale) + shift. A picture is walked through
+   twice, in the order in which it lies in memory; torch's own kernels walk through NHWC maps many times over. Sums are float32 over
    the places of a channel, of differences from a typical value of it, and double over the channels of a group.
 
    `group_norm.py` compiles this once for float32, and once for bfloat16 (-DBF16), of which it sees the 16 bits. */
@@ -192,9 +192,11 @@ static void entered(const float *gamma, const float *beta, const float *told, fl
     }
 }
 
-/* One picture; mean and inverse, 1 / sqrt(variance + epsilon), are of its groups. `room` is for 5 times its channels. */
-static void forward_one(const number *x, const float *gamma, const float *beta, const float *told, number *y, float *mean,
-                        float *inverse, float *room, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
+/* One picture; mean and inverse, 1 / sqrt(variance + epsilon), are of its groups. `room` is for 5 times its channels.
+ */
+static void forward_one(const number *x, const float *gamma, const float *beta, const float *told, number *y,
+                        float *mean, float *inverse, float *room, int64_t places, int64_t channels, int64_t groups,
+                        float epsilon, int silu) {
     const int64_t width = channels / groups;
     float *from = room, *a = from + channels, *b = a + channels, *scale = b + channels, *shift = scale + channels;
     typical(x, from, places, channels);
@@ -278,8 +280,8 @@ int forward(const number *x, const float *gamma, const float *beta, const float 
     return failed;
 }
 
-/* All pictures of a batch; dx, dgamma and dbeta (channels), and dtold (batch, 2, channels) if it was told something, come
-   out. Not 0 if there was no memory. */
+/* All pictures of a batch; dx, dgamma and dbeta (channels), and dtold (batch, 2, channels) if it was told something,
+   come out. Not 0 if there was no memory. */
 int backward(const number *x, const float *gamma, const float *beta, const float *told, const float *mean,
              const float *inverse, const number *dy, number *dx, float *dgamma, float *dbeta, float *dtold,
              int64_t batch, int64_t places, int64_t channels, int64_t groups, int silu) {
@@ -288,7 +290,7 @@ int backward(const number *x, const float *gamma, const float *beta, const float
 #pragma omp parallel reduction(| : failed)
     {
         float *room = malloc((6 + places) * channels * sizeof(float));
-        failed |= room == NULL;
+        failed |= room == NULL || each == NULL;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < batch; n++)
             if (!failed)

@@ -138,7 +138,7 @@ def by_channels(norm: GroupNorm, x: Tensor, told: Tensor | None) -> Tensor:
     b = norm.bias.unflatten(0, (norm.num_groups, -1)) - mean * a
     a, b = a.flatten(1), b.flatten(1)
     if told is not None:
-        scale, shift = told.chunk(2, dim=1)
+        scale, shift = told.float().chunk(2, dim=1)
         a, b = a * (1 + scale), b * (1 + scale) + shift
     hidden = wide * a[:, :, None, None] + b[:, :, None, None]
     return (F.silu(hidden) if norm.silu else hidden).to(x.dtype)

@@ -35,10 +35,11 @@ def sinusoids(
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` of one vector for each picture: on a processor in float32, since casting takes longer than it."""
+    """`nn.Linear` of one vector for each picture: under a processor's autocast in the type of its weights, since
+    casting them takes longer than it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu":
+        if input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             return super().forward(input.to(self.weight.dtype))
@@ -139,7 +140,7 @@ class Attention(nn.Module):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)
         # One product for all three.
         layers = self.to_q, self.to_k, self.to_v
-        weights, biases = (torch.cat(parts) for parts in zip(*((one.weight, one.bias) for one in layers), strict=True))
+        weights, biases = torch.cat([one.weight for one in layers]), torch.cat([one.bias for one in layers])
         q, k, v = F.linear(tokens, weights, biases).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = attend(q, k, v).transpose(1, 2).flatten(2)
         return x + self.to_out[0](mixed).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,35 +1,33 @@
-/* 3 x 3 convolutions of bfloat16 maps, and their gradients, on a processor that multiplies tiles of them (AMX): 16 rows
-   of 32 numbers by 32 rows of 16, where a direct convolution is faster than one with a quarter of the multiplications.
-   What they are told is said in `convolution.c`.
+/* Of bfloat16 maps on a processor that multiplies tiles of them (AMX), 16 rows of 32 numbers by 32 rows of 16: there a
+   direct convolution is faster than one with a quarter of the multiplications.
 
    A map is read as one row of places, (picture, row, column), with a row of zeros before each picture and after the
    last and a column of zeros before each row, so that what a tap needs lies as far from every place as from any other:
 
        y[p] = sum over taps of w[tap] x[p + far(tap)],       far = (row of the tap - 1) (width + 1) + its column - 1
 
-   and a tile can be any 16 places that follow each other. Answers at zeros are computed too, and dropped. Numbers of
-   channels are multiples of 16; sums are float32. */
+   and a tile can be any 16 places that follow each other. Answers at zeros are computed too, and dropped. */
 
 #include <immintrin.h>
-#include <omp.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "room.h"
-
-typedef uint16_t number;
 enum { SIDE = 16, DEPTH = 32, TAPS = 9, TILE = SIDE * DEPTH, PAIR = 2 * SIDE };
 /* Numbers of a tile: SIDE rows of DEPTH. A block of sums is PAIR by PAIR, of four products. */
 
 /* Numbers of the map that a thread works on at once, about what its cache holds. */
 enum { UNIT = 1 << 18 };
 
-/* Whether this process may use tiles: Linux wants to be asked. */
+/* Linux wants to be asked for tiles. */
 int ready(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+    static int answer = -1;
+    if (answer < 0) answer = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+    return answer;
 }
+
+/* What was stored is in memory before it is loaded as a tile, of which GCC does not know that it reads. */
+INLINE void stored(void) { __asm__ volatile("" ::: "memory"); }
 
 static void begin_tiles(void) {
     struct {
@@ -38,11 +36,13 @@ static void begin_tiles(void) {
         uint8_t rows[16];
     } shape __attribute__((aligned(64))) = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) shape.bytes[tile] = 64, shape.rows[tile] = SIDE;
+    stored();
     _tile_loadconfig(&shape);
 }
 
 /* Tiles 0 to 3 are sums. */
 INLINE void begin_sums(void) {
+    stored();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -127,8 +127,8 @@ static void weights_of(const float *w, int64_t channels, int64_t out, int turned
                     }
                     /* w is (out, 3, 3, channels) */
                     const float *row = w + ((columns + i) * TAPS + tap) * channels + from;
-                    const __m256i half = filled == DEPTH ? rounded(_mm512_loadu_ps(row + SIDE)) : _mm256_setzero_si256();
-                    rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(rounded(_mm512_loadu_ps(row))), half, 1);
+                    rows[i] = _mm512_zextsi256_si512(rounded(_mm512_loadu_ps(row)));
+                    if (filled == DEPTH) rows[i] = _mm512_inserti64x4(rows[i], rounded(_mm512_loadu_ps(row + SIDE)), 1);
                 }
                 if (!turned) turn(rows);
                 for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i * DEPTH, rows[i]);
@@ -158,8 +158,8 @@ INLINE void sums_of(const number *x, int64_t plane, int64_t blocks, const int64_
     _tile_stored(3, to + SIDE * PAIR + SIDE, 128);
 }
 
-/* Answers of `count` places, at most PAIR, and of one or two panels from `column` on: their sums, plus the bias and what
-   is added, either of which may be NULL. */
+/* Answers of `count` places, at most PAIR, and of one or two panels from `column` on: their sums, plus the bias and
+   what is added, either of which may be NULL. */
 INLINE void answers_of(const float *sums, const float *bias, const number *added, number *y, map m, int64_t out,
                        int64_t column, int panels, int64_t first, int64_t count) {
     const number *at[PAIR], *const outside = NULL;
@@ -179,12 +179,14 @@ INLINE void answers_of(const float *sums, const float *bias, const number *added
 int convolve(const number *x, const float *w, const float *bias, const number *added, number *y, int64_t batch,
              int64_t height, int64_t width, int64_t channels, int64_t out, int turned) {
     const map m = map_of(batch, height, width);
-    const int64_t blocks = (channels + DEPTH - 1) / DEPTH, begin = m.line + 1, end = m.places - m.line;
-    const int64_t threads = omp_get_max_threads(), margin = m.line + 1;
+    /* The places of the map, and how far from one its taps reach. */
+    const int64_t from = m.line + 1, end = m.places - m.line, margin = m.line + 1;
+    const int64_t blocks = (channels + DEPTH - 1) / DEPTH, threads = omp_get_max_threads();
+    /* Places that a thread takes at once: as many as its cache holds, and so that all threads have as much to do. */
     int64_t most = UNIT / (blocks * DEPTH), rounds;
     most = most < PAIR ? PAIR : most;
-    rounds = (end - begin + threads * most - 1) / (threads * most);
-    most = (end - begin + threads * rounds - 1) / (threads * rounds);
+    rounds = (end - from + threads * most - 1) / (threads * most);
+    most = (end - from + threads * rounds - 1) / (threads * rounds);
     most = (most + PAIR - 1) / PAIR * PAIR;
     const int64_t plane = (most + 2 * margin) * DEPTH, size = out * blocks * DEPTH * TAPS;
     number *weights = (number *)room_for(&shared_room, &shared_size, size / 2);
@@ -195,13 +197,13 @@ int convolve(const number *x, const float *w, const float *bias, const number *a
     {
         number *in = (number *)room_for(&own_room, &own_size, (blocks * plane + channels) / 2);
         failed |= in == NULL || weights == NULL;
-        number *zeros = in + blocks * plane;
+        number *zeros = in ? in + blocks * plane : NULL;
         if (!failed) memset(zeros, 0, channels * sizeof(number));
         if (weights) weights_of(w, channels, out, turned, weights);
         begin_tiles();
         /* Every thread must come by here, also one without memory. */
 #pragma omp for schedule(static) nowait
-        for (int64_t first = begin; first < end; first += most) {
+        for (int64_t first = from; first < end; first += most) {
             if (failed) continue;
             const int64_t last = end - first < most ? end : first + most;
             const number *at[PAIR];
@@ -213,8 +215,10 @@ int convolve(const number *x, const float *w, const float *bias, const number *a
                     int64_t c = 0;
                     for (; c + DEPTH <= channels; c += DEPTH, to += plane)
                         _mm512_store_si512(to, _mm512_loadu_si512(at[i] + c));
-                    if (c < channels)
-                        _mm512_store_si512(to, _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)(at[i] + c))));
+                    if (c < channels) {
+                        const __m256i half = _mm256_loadu_si256((const __m256i *)(at[i] + c));
+                        _mm512_store_si512(to, _mm512_zextsi256_si512(half));
+                    }
                 }
             }
             for (int64_t column = 0; column < out; column += PAIR) {
@@ -306,16 +310,16 @@ INLINE void add_products(const number *slopes, int64_t second_slopes, const numb
     if (rows && columns) _tile_stored(3, below + SIDE, row * 4);
 }
 
-/* A team of threads shares its places and the sums over them. A team is one thread, which needs nothing that another has
-   made, but where weights are many, so that adding the teams' sums would take long: there all are one team. */
+/* A team of threads shares its places and the sums over them. A team is one thread, which needs nothing that another
+   has made, but where weights are many, so that adding the teams' sums would take long: there all are one team. */
 int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, int64_t batch, int64_t height,
                     int64_t width, int64_t channels, int64_t out) {
     const map m = map_of(batch, height, width);
     const int64_t threads = omp_get_max_threads(), margin = m.line + 1, size = out * TAPS * channels;
-    const int64_t begin = margin, tiles = (m.places - m.line - begin + DEPTH - 1) / DEPTH;
+    const int64_t tiles = (m.places - m.line - margin + DEPTH - 1) / DEPTH;
     const int alone = threads == 1 || tiles * DEPTH >= threads * out * channels / 16;
     const int64_t teams = alone ? threads : 1, share = (tiles + teams - 1) / teams;
-    int64_t most = (alone ? UNIT : teams * UNIT) / (DEPTH * (2 * channels + out)); /* Tiles of places at once. */
+    int64_t most = (alone ? 1 : threads) * UNIT / (DEPTH * (2 * channels + out)); /* Tiles of places at once. */
     most = most < 8 ? 8 : most;
     most = most < share ? most : share;
     const int64_t around = most * DEPTH + 2 * margin, pair_plane = (around + 1) / 2 * PAIR;
@@ -339,17 +343,18 @@ int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, 
             const int64_t from = team * share, until = from + share < tiles ? from + share : tiles;
             if (from >= until) memset(sums, 0, size * sizeof(float));
             for (int64_t tile = from; tile < until; tile += most) {
-                const int64_t count = until - tile < most ? until - tile : most, first = begin + tile * DEPTH;
-                const int64_t around = count * DEPTH + 2 * margin;
+                const int64_t count = until - tile < most ? until - tile : most, first = margin + tile * DEPTH;
+                const int64_t filled = count * DEPTH + 2 * margin;
                 slopes_of(dy, m, out, first, count * member / members * DEPTH, count * (member + 1) / members * DEPTH,
                           zeros, slopes, slope_plane, biases + me * out);
-                pairs_of(x, m, channels, first - margin, around * member / members, around * (member + 1) / members,
+                pairs_of(x, m, channels, first - margin, filled * member / members, filled * (member + 1) / members,
                          zeros, pairs, pair_plane, odd);
                 /* All threads or none come by here: a team of several is the only one. */
                 if (!alone) {
 #pragma omp barrier
                 }
-                const int64_t columns = (channels + PAIR - 1) / PAIR, products = (out + PAIR - 1) / PAIR * columns * TAPS;
+                const int64_t columns = (channels + PAIR - 1) / PAIR;
+                const int64_t products = (out + PAIR - 1) / PAIR * columns * TAPS;
                 for (int64_t i = products * member / members; i < products * (member + 1) / members; i++) {
                     const int64_t row = i / TAPS / columns * PAIR, column = i / TAPS % columns * PAIR, tap = i % TAPS;
                     const int64_t away = far(m, tap) + margin;

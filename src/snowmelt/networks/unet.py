@@ -18,6 +18,7 @@ from snowmelt.networks.group_norm import GroupNorm
 from snowmelt.networks.layers import (
     Attention,
     Downsample,
+    Linear,
     ResnetBlock,
     TimeEmbedding,
     Upsample,
@@ -109,7 +110,7 @@ class UNet(nn.Module):
         self.waves = partial(sinusoids, width=widths[0], shift=config.frequency_shift, sines_first=config.sines_first)
         self.time_embedding = TimeEmbedding(widths[0], embedding)
         self.class_embedding = nn.Embedding(classes + 1, embedding) if classes else None
-        self.told_embedding = _silent(nn.Linear(told, embedding, bias=False)) if told else None
+        self.told_embedding = _silent(Linear(told, embedding, bias=False)) if told else None
         self.conv_in = nn.Conv2d(pixels, widths[0], 3, padding=1)
         self.down_blocks, bridges = self._down(config)
         self.mid_block = MidBlock(widths[-1], config=config)
