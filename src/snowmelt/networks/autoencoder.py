@@ -94,8 +94,7 @@ class Autoencoder(nn.Module):
         """(count, width) what the two are told of `count` pictures of these classes."""
         assert (labels is None) == (not self.classes), "labels are for a network with classes, and it needs them"
         device = self.class_embedding.weight.device
-        labels = torch.zeros(count, dtype=torch.long, device=device) if labels is None else labels
-        return self.class_embedding(labels)
+        return self.class_embedding(torch.zeros(count, dtype=torch.long, device=device) if labels is None else labels)
 
 
 class PatchCritic(nn.Module):

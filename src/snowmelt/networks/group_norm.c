@@ -5,8 +5,9 @@
    x is (batch, places, channels); mean and variance are those of a group of channels over all places of one picture.
    gamma and beta are weights of a channel, but where a block is told its level, by a scale and a shift of each channel,
    (batch, 2, channels): then they are gamma (1 + scale) and beta (1 + scale) + shift. A picture is walked through
-   twice, in the order in which it lies in memory; torch's own kernels walk through NHWC maps many times over. Sums are float32 over
-   the places of a channel, of differences from a typical value of it, and double over the channels of a group.
+   twice, in the order in which it lies in memory; torch's own kernels walk through NHWC maps many times over. Sums are
+   float32 over the places of a channel, of differences from a typical value of it, and double over the channels of a
+   group.
 
    `group_norm.py` compiles this once for float32, and once for bfloat16 (-DBF16), of which it sees the 16 bits. */
 
@@ -192,8 +193,7 @@ static void entered(const float *gamma, const float *beta, const float *told, fl
     }
 }
 
-/* One picture; mean and inverse, 1 / sqrt(variance + epsilon), are of its groups. `room` is for 5 times its channels.
- */
+/* One picture; mean and inverse, 1 / sqrt(variance + epsilon), are of its groups. `room` holds 5 times its channels. */
 static void forward_one(const number *x, const float *gamma, const float *beta, const float *told, number *y,
                         float *mean, float *inverse, float *room, int64_t places, int64_t channels, int64_t groups,
                         float epsilon, int silu) {
