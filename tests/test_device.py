@@ -440,3 +440,28 @@ def test_memory_that_was_freed_is_taken_again_without_the_system():
     assert faults["kept"] < each_time
     if faults["given back"] < each_time:
         pytest.skip("here memory is kept anyway")
+
+
+GIVEN_BACK = """
+import sys, torch
+from pathlib import Path
+from snowmelt.device import keep_memory
+from snowmelt.recording import forget_tried
+keep_memory()
+parts = [torch.ones(6 * 2**20) for _ in range(4)]
+last = torch.ones(1000)
+del parts
+if sys.argv[1] == "given back":
+    forget_tried(torch.device("cpu"))
+print(int(Path("/proc/self/statm").read_text().split()[1]))
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another C library keeps memory in its own way")
+def test_memory_of_what_was_only_tried_is_given_back():
+    """Four times 24 MiB, which something that is still there lies above; half of it at least is not resident then."""
+    resident = {
+        way: int(subprocess.run([sys.executable, "-c", GIVEN_BACK, way], capture_output=True, check=True).stdout)
+        for way in ("kept", "given back")
+    }
+    assert (resident["kept"] - resident["given back"]) * os.sysconf("SC_PAGE_SIZE") > 48 * 2**20

@@ -301,13 +301,23 @@ def keep_memory() -> None:
     pages a step, and 7 to 23 % of its time (docs/recipe.md). Blocks of 32 MiB and more still do, since glibc keeps no
     larger ones; another C library is left alone.
     """
+    if (mallopt := _of_the_c_library("mallopt")) is not None:
+        # <malloc.h>: M_MMAP_THRESHOLD, at the most it takes, and M_TRIM_THRESHOLD, which -1 switches off.
+        mallopt(-3, 32 << 20)
+        mallopt(-1, -1)
+
+
+def give_back_memory() -> None:
+    """Give back to the system what `keep_memory` has kept of what is freed by now, all over the heap."""
+    if (malloc_trim := _of_the_c_library("malloc_trim")) is not None:
+        malloc_trim(ctypes.c_size_t(0))
+
+
+def _of_the_c_library(name: str) -> Callable[..., int] | None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, TypeError, AttributeError):
-        return
-    # <malloc.h>: M_MMAP_THRESHOLD, at the most it takes, and M_TRIM_THRESHOLD, which -1 switches off.
-    mallopt(-3, 32 << 20)
-    mallopt(-1, -1)
+        return None
 
 
 def synchronize(device: torch.device) -> None:

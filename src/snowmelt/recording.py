@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snowmelt.device import Precision, is_gpu, reason_of
+from snowmelt.device import Precision, give_back_memory, is_gpu, reason_of
 
 
 class Faster:
@@ -129,9 +129,11 @@ def speed_up(network: nn.Module, precision: Precision, failed: Callable[[str], o
 
 def forget_tried(device: torch.device) -> None:
     """Give back the memory of what was only tried: graphs, and all that they keep, go with the next collection."""
+    gc.collect()
     if is_gpu(device):
-        gc.collect()
         torch.cuda.empty_cache()
+    else:
+        give_back_memory()
 
 
 class Replayed:
