@@ -130,7 +130,9 @@ def test_moves_lead_to_the_least_distance():
         first, second, *_, last = drawing.levels
         return drawing.eta or 0.0, first, last, 5 * (second - first) / (last - first)
 
-    found = judge.improved(distance, judge.Judged(distance(start), start))
+    found = judge.improved(
+        lambda drawing: judge.Judged(distance(drawing), drawing), judge.Judged(distance(start), start)
+    )
     assert found.distance == pytest.approx(0, abs=1e-9) and found.drawing.levels == pytest.approx(aim.levels)
     assert len(seen) - 1 <= judge.MOVED and len(set(seen)) == len(seen)
     assert aim.eta == 0.25 and aim.levels[0] == -8 and aim.levels[-1] == pytest.approx(5)
@@ -144,9 +146,9 @@ def test_the_best_of_both_kinds_is_moved():
         return 5.0 if drawing.sampler == "ipndm" else 10.0 - 3 * (6.0 - drawing.levels[-1])
 
     judged = [judge.Judged(distance(one), one) for one in (near, far)]
-    best, start = judge.moved_on(distance, judged, 1)
-    assert start.drawing == far and best.distance < 5
-    assert judge.moved_on(distance, judged[:1], 1) == (judged[0], judged[0])
+    best = min(judge.moved_on(distance, judged, 1), key=lambda one: one.distance)
+    assert best.drawing.sampler == "deis" and best.distance < 5
+    assert {one.distance for one in judge.moved_on(distance, judged[:1], 1)} == {5.0}
 
 
 def test_moves_begin_also_at_what_fewer_steps_have_found():
@@ -158,13 +160,34 @@ def test_moves_begin_also_at_what_fewer_steps_have_found():
         return abs(drawing.levels[-1] - 3.0) if drawing.levels[-1] < 5 else 9.0 - (drawing == usual)
 
     start = judge.Judged(distance(usual), usual)
-    assert judge.moved_on(distance, [start], 1) == (start, start)
-    best, begun = judge.moved_on(distance, [start], 1, found)
+    assert min(one.distance for one in judge.moved_on(distance, [start], 1)) == start.distance
+    ways = judge.moved_on(distance, [start], 1, found)
     # The mean is no answer of the network: four answers are five levels with it.
+    begun = next(one for one in ways if one.drawing.sampler == "deis")
     assert begun.drawing.levels == pytest.approx((-9, -8.25, -7, -3.5, 4)) and begun.distance == 1
+    best = min(ways, key=lambda one: one.distance)
     assert best.distance == pytest.approx(0, abs=1e-9) and best.drawing.levels[-1] == pytest.approx(3)
     assert best.drawing.answers == 4 and best.drawing.mean_first
     assert judge.respaced(found, 3) == found, "as many are the same"
+
+
+def test_many_other_pictures_decide_between_samplers():
+    """The luckiest of few pictures loses, to another sampler's nearest; what is far behind is not asked again."""
+    lucky, steady, far = ("dpmpp_2m_late", 3.3, 2.0), ("ipndm", 3.6, 1.2), ("unipc", 15.0, 0.0)
+    levels = (-9.0, 0.0, 6.0)
+    judged = [judge.Judged(few, Drawing(sampler=name, levels=levels)) for name, few, _ in (lucky, steady, far)]
+    worse = judge.Judged(3.7, Drawing(sampler="ipndm", levels=(-9.0, 0.0, 5.0)))
+    noisy = judge.Judged(3.8, Drawing(sampler="ipndm", eta=0.5, levels=levels))
+    seen: list[Drawing] = []
+
+    def last(drawing: Drawing) -> float:
+        seen.append(drawing)
+        return {name: many for name, _, many in (lucky, steady, far)}[drawing.sampler] + bool(drawing.eta)
+
+    assert judge.best_of(last, [*judged, worse, noisy]) == judged[1]
+    assert {*seen} == {judged[0].drawing, judged[1].drawing, noisy.drawing} and len(seen) == 3
+    seen.clear()
+    assert judge.best_of(last, [judged[0], judged[2]]) == judged[0] and not seen, "there is no other"
 
 
 def test_there_are_no_moves_to_where_nothing_is():
@@ -196,6 +219,7 @@ def fewer(monkeypatch, *, fine: int, pictures: int, real: int) -> None:
         (search, "TRIED", pictures),
         (search, "LARGEST_BATCH", pictures),
         (judge, "JUDGED", pictures),
+        (judge, "FINAL", pictures),
         (judge, "REAL", real),
     ):
         monkeypatch.setattr(module, name, value)
@@ -274,16 +298,19 @@ def test_more_steps_begin_also_where_fewer_ended(digits, monkeypatch):
     file.unlink()
 
 
-def test_the_judge_sees_what_is_nearer(digits):
+def test_the_judge_sees_what_is_nearer(digits, monkeypatch):
     """Real pictures lie nearer to the training pictures than noise, and what is drawn is measured as it is."""
     run = Run.open(digits)
     model, _ = run.load_model(Precision(torch.device("cpu")))
-    judged: list[int] = []
-    court = judge.Judge.of(run, model, 1, lambda: judged.append(1))
+    judged: list[float] = []
+    court = judge.Judge.of(run, model, 1, judged.append)
     real = frechet_of(Pair(court.real, court.space.features(run.open_pictures().images[:256])))
     drawing = Drawing(steps=3)
     drawn = court.distance(drawing)
-    assert real < drawn == court.distance(drawing) and len(judged) == 2
+    assert real < drawn == court.distance(drawing) and judged == [1, 1]
+    monkeypatch.setattr(judge, "FINAL", 2 * judge.JUDGED)
+    # Twice as many others: another distance, and a smaller one, since few pictures seem to be farther than they are.
+    assert real < court.last(drawing) < drawn and judged == [1, 1, 2]
 
 
 def test_levels_of_other_weights_are_not_used(digits):

@@ -56,7 +56,7 @@ def tune(options: TuneOptions) -> Path:
     from snowmelt.evaluation.drawing import keep_tuned, mean_images
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
-    from snowmelt.tuning.judge import JUDGED, MOVED, STARTS, Judge, Judged, moved_on, short
+    from snowmelt.tuning.judge import FINAL, FINALISTS, JUDGED, MOVED, STARTS, Judge, Judged, best_of, moved_on, short
     from snowmelt.tuning.search import FINE, TRIED, USUAL, Bench, costs_of, even, learned, searched, trials, walks
 
     check(options)
@@ -70,7 +70,7 @@ def tune(options: TuneOptions) -> Path:
     screen = console()
     with Progress(console=screen, transient=True) as progress:
         judging = progress.add_task("Candidates", start=False)
-        judge = Judge.of(run, model, options.seed, lambda: progress.advance(judging))
+        judge = Judge.of(run, model, options.seed, lambda parts: progress.advance(judging, parts))
         tries = trials(options.samplers, options.counts)
         progress.console.print(
             f"Drawing {options.pictures} pictures in {FINE} steps, {TRIED} of them {tries:,} times in "
@@ -86,25 +86,24 @@ def tune(options: TuneOptions) -> Path:
         candidates = {
             count: list(dict.fromkeys((*spaced[count], *searched(bench, costs, count)))) for count in options.counts
         }
-        progress.update(judging, total=sum(len(these) + STARTS * MOVED for these in candidates.values()))
+        more = STARTS * MOVED + FINALISTS * FINAL / JUDGED
+        progress.update(judging, total=sum(len(these) + more for these in candidates.values()))
         progress.start_task(judging)
         judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}
-        kept, fewer = dict[int, tuple[Judged, Judged]](), None
+        kept, fewer = dict[int, Judged](), None
         for count, these in sorted(judged.items()):
-            kept[count] = moved_on(judge.distance, these, len(spaced[count]), fewer)
-            fewer = kept[count][0].drawing
-    file = keep_tuned(run, state, {count: one.drawing for count, (one, _) in kept.items()})
-    table = Table("steps", "best", "distance", "start", *map(short, USUAL))
+            kept[count] = best_of(judge.last, moved_on(judge.distance, these, len(spaced[count]), fewer))
+            fewer = kept[count].drawing
+    file = keep_tuned(run, state, {count: one.drawing for count, one in kept.items()})
+    table = Table("steps", "best", "distance", *map(short, USUAL))
     for count, these in judged.items():
-        best, start = kept[count]
-        shown = (best, start, *these[: len(USUAL)])
-        table.add_row(str(count), best.words(), *(f"{one.distance:.4g}" for one in shown))
+        shown = (kept[count], *these[: len(USUAL)])
+        table.add_row(str(count), kept[count].words(), *(f"{one.distance:.4g}" for one in shown))
     screen.print(table)
     screen.print(
         f"Distances are Frechet distances of {JUDGED} drawn from {len(judge.real):,} training pictures, in the space "
-        "of random convolutions: of the best, of what it was moved from, and of samplers (2m: dpmpp_2m, ...) at their "
-        "usual levels. It "
-        "was chosen by these distances, so its own flatters it a little."
+        "of random convolutions: of the best, and of samplers (2m: dpmpp_2m, ...) at their usual levels. It was chosen "
+        f"among the nearest by {FINAL:,} others, which show rare failures too."
     )
     screen.print(f"Wrote {file}; snowmelt sample {run.path} --steps {options.counts[-1]} uses it.", markup=False)
     return file

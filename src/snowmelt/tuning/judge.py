@@ -25,6 +25,10 @@ from snowmelt.shapes import Features
 
 JUDGED, REAL = 256, 2000
 """Pictures drawn with each candidate, and training pictures, between which the distance is measured."""
+FINALISTS, FINAL, BEHIND = 4, 1024, 1.2
+"""How many candidates, each with a sampler of its own and no more than so many times as far as the nearest, draw so
+many others, which decide: fresh noise makes a failure now and then, and among dozens that drew few pictures the one
+that made none by chance would win (docs/tune.md)."""
 MOVED = 12
 """Moves of each start, at most, that real pictures judge."""
 STARTS = 3
@@ -62,11 +66,11 @@ class Judge:
     space: Space
     real: Features
     seed: int
-    judged: Callable[[], object]
-    """Called after every candidate."""
+    judged: Callable[[float], object]
+    """Told after every candidate how many times `JUDGED` pictures it drew."""
 
     @staticmethod
-    def of(run: Run, model: DiffusionModel, seed: int, judged: Callable[[], object]) -> Judge:
+    def of(run: Run, model: DiffusionModel, seed: int, judged: Callable[[float], object]) -> Judge:
         """With pictures of `run`.
 
         Raises:
@@ -78,34 +82,59 @@ class Judge:
 
     def distance(self, drawing: Drawing) -> float:
         """The Frechet distance of `JUDGED` pictures, made of the same noise for every drawing."""
+        return self._distance(drawing, range(JUDGED))
+
+    def last(self, drawing: Drawing) -> float:
+        """That of `FINAL` others."""
+        return self._distance(drawing, range(JUDGED, JUDGED + FINAL))
+
+    def _distance(self, drawing: Drawing, pictures: range) -> float:
         pixels: list[np.ndarray] = []
         # Of other noise than the trajectories.
         config, device = self.model.config, self.model.precision.device
-        for numbers in in_parts(range(JUDGED), drawn_at_once(config)):
+        for numbers in in_parts(pictures, drawn_at_once(config)):
             noise, labels = noise_of(config.data, self.seed + 1, numbers, device)
             *_, last = self.model.sample(noise, labels, drawing)
             pixels.append(to_pixels(last.x0).cpu().numpy())
-        self.judged()
+        self.judged(len(pictures) / JUDGED)
         return frechet_of(Pair(self.real, self.space.features(np.concatenate(pixels))))
 
 
 def moved_on(
     distance: Callable[[Drawing], float], judged: list[Judged], even: int, fewer: Drawing | None = None
-) -> tuple[Judged, Judged]:
-    """The nearest to real pictures that moves lead to, and where they began.
+) -> list[Judged]:
+    """`judged`, and all that moves from some of them led to.
 
     They begin at the best of the first `even` candidates and at the best of the searched ones, since with few steps the
     second can be far behind at first and far ahead in the end (docs/benchmarks.md); and at `fewer`, what fewer steps
     had found, spread over as many levels, since moves that begin with more steps can stop at a bump on the way there.
     """
+    known = {one.drawing: one for one in judged}
+
+    def judge(drawing: Drawing) -> Judged:
+        if drawing not in known:
+            known[drawing] = Judged(distance(drawing), drawing)
+        return known[drawing]
+
     starts = [min(some, key=_distance) for some in (judged[:even], judged[even:]) if some]
     if fewer is not None:
-        more = respaced(fewer, judged[0].drawing.answers)
-        starts.append(Judged(distance(more), more))
-    return min(((improved(distance, start), start) for start in starts), key=lambda way: way[0].distance)
+        starts.append(judge(respaced(fewer, judged[0].drawing.answers)))
+    for start in starts:
+        improved(judge, start)
+    return list(known.values())
 
 
-def improved(distance: Callable[[Drawing], float], start: Judged) -> Judged:
+def best_of(last: Callable[[Drawing], float], judged: list[Judged]) -> Judged:
+    """The one whose `last` distance is least: of the nearest of each sampler, with and without noise, the `FINALISTS`
+    nearest."""
+    nearest = sorted(judged, key=_distance)
+    of_each = {(one.drawing.sampler, bool(one.drawing.eta)): one for one in reversed(nearest)}.values()
+    finalists = [one for one in of_each if one.distance <= BEHIND * nearest[0].distance]
+    finalists = sorted(finalists, key=_distance)[:FINALISTS]
+    return finalists[0] if len(finalists) == 1 else min(finalists, key=lambda one: last(one.drawing))
+
+
+def improved(judge: Callable[[Drawing], Judged], start: Judged) -> Judged:
     """`start`, moved along one of `MOVES` after the other for as long as its pictures come nearer to real ones."""
     best, left = start, MOVED
     for move in MOVES:
@@ -113,7 +142,7 @@ def improved(distance: Callable[[Drawing], float], start: Judged) -> Judged:
             begun = best
             while left and (other := move(best.drawing, way)) is not None:
                 left -= 1
-                found = Judged(distance(other), other)
+                found = judge(other)
                 if found.distance >= best.distance:
                     break
                 best = found
