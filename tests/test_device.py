@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,27 @@ def test_more_threads_are_taken_where_they_are_faster(monkeypatch, ratio, given,
     )
     brief = measure.measure(config, data, CPU, asked="fp32", given=given, thorough=False)
     assert brief.threads == (3 if given else 2) and not any("threads" in reason for reason in brief.reasons)
+
+
+def test_what_one_format_took_is_given_back_before_the_next_is_tried(monkeypatch):
+    """In the order of what happens: memory is given back, a learner is made; and once more at the end."""
+    from snowmelt.training import measure
+
+    happened: list[str] = []
+
+    def learner(_config, precision, _failed):
+        happened.append(precision.name)
+        return SimpleNamespace(update=lambda *_given: time.sleep(0.001))
+
+    monkeypatch.setattr(measure, "learner_of", learner)
+    monkeypatch.setattr(measure, "forget_tried", lambda _device: happened.append("given back"))
+    monkeypatch.setattr(device, "convolution_ratio", lambda _device: 1.0)
+    rows = np.arange(4)
+    data = Prepared(Path(), np.zeros((4, 8, 8, 1), np.uint8), None, (), None, rows, rows[:0], 0.0, 0.5, "formats")
+    network = UNetConfig(channels=(32, 64), attention=(False, True))
+    training = TrainingConfig(steps=10, batch=2)
+    measure.measure(Config(DataConfig(8, 1), network=network, training=training), data, CPU, asked="auto")
+    assert happened[:4] == ["given back", "fp32", "given back", "bf16"] and happened[-1] == "given back"
 
 
 class Small(nn.Module):
@@ -449,7 +471,7 @@ from snowmelt.device import keep_memory
 from snowmelt.recording import forget_tried
 keep_memory()
 parts = [torch.ones(6 * 2**20) for _ in range(4)]
-last = torch.ones(1000)
+last = torch.ones(2**20)
 del parts
 if sys.argv[1] == "given back":
     forget_tried(torch.device("cpu"))

@@ -25,7 +25,7 @@ from snowmelt.diffusion.search import Costs, Trajectories
 from snowmelt.diffusion.walk import Step
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import order_of
-from snowmelt.evaluation.drawing import keep_tuned, suited, usual
+from snowmelt.evaluation.drawing import keep_tuned, noise_of, suited, usual
 from snowmelt.evaluation.metrics import frechet_of
 from snowmelt.evaluation.neighbours import Pair
 from snowmelt.models.base import Drawing
@@ -148,7 +148,8 @@ def test_the_best_of_both_kinds_is_moved():
     judged = [judge.Judged(distance(one), one) for one in (near, far)]
     best = min(judge.moved_on(distance, judged, 1), key=lambda one: one.distance)
     assert best.drawing.sampler == "deis" and best.distance < 5
-    assert {one.distance for one in judge.moved_on(distance, judged[:1], 1)} == {5.0}
+    alone = judge.moved_on(distance, judged[:1], 1)
+    assert judged[0] in alone and len(alone) > 1 and {one.drawing.sampler for one in alone} == {"ipndm"}
 
 
 def test_moves_begin_also_at_what_fewer_steps_have_found():
@@ -172,22 +173,32 @@ def test_moves_begin_also_at_what_fewer_steps_have_found():
 
 
 def test_many_other_pictures_decide_between_samplers():
-    """The luckiest of few pictures loses, to another sampler's nearest; what is far behind is not asked again."""
-    lucky, steady, far = ("dpmpp_2m_late", 3.3, 2.0), ("ipndm", 3.6, 1.2), ("unipc", 15.0, 0.0)
+    """The luckiest of few pictures loses to another kind's nearest; of one kind only the nearest is asked again,
+    whether its noise comes by name or by eta, and of five kinds the farthest is not."""
     levels = (-9.0, 0.0, 6.0)
-    judged = [judge.Judged(few, Drawing(sampler=name, levels=levels)) for name, few, _ in (lucky, steady, far)]
-    worse = judge.Judged(3.7, Drawing(sampler="ipndm", levels=(-9.0, 0.0, 5.0)))
-    noisy = judge.Judged(3.8, Drawing(sampler="ipndm", eta=0.5, levels=levels))
+    lucky, steady, noisy, plain, worse, quiet, far = (
+        judge.Judged(few, Drawing(sampler=name, eta=eta, levels=levels))
+        for few, name, eta in (
+            (3.3, "dpmpp_2m_late", None),
+            (3.6, "ipndm", None),
+            (3.8, "dpmpp_2m_sde", None),
+            (4.0, "dpmpp_2m", None),
+            (3.9, "dpmpp_2m_sde", 0.75),
+            (4.5, "dpmpp_2m_sde", 0.0),
+            (15.0, "unipc", None),
+        )
+    )
+    many = {lucky: 2.0, steady: 1.2, noisy: 1.5, plain: 1.3}
     seen: list[Drawing] = []
 
-    def last(drawing: Drawing) -> float:
+    def final(drawing: Drawing) -> float:
         seen.append(drawing)
-        return {name: many for name, _, many in (lucky, steady, far)}[drawing.sampler] + bool(drawing.eta)
+        return next(distance for one, distance in many.items() if one.drawing == drawing)
 
-    assert judge.best_of(last, [*judged, worse, noisy]) == judged[1]
-    assert {*seen} == {judged[0].drawing, judged[1].drawing, noisy.drawing} and len(seen) == 3
-    seen.clear()
-    assert judge.best_of(last, [judged[0], judged[2]]) == judged[0] and not seen, "there is no other"
+    assert judge.best_of(final, [far, quiet, worse, plain, noisy, steady, lucky]) == steady
+    assert {*seen} == {one.drawing for one in many} and len(seen) == judge.FINALISTS == 4
+    many[far] = 0.0
+    assert judge.best_of(final, [lucky, far]) == far, "few pictures do not decide"
 
 
 def test_there_are_no_moves_to_where_nothing_is():
@@ -259,15 +270,20 @@ def asked(drawing: dict) -> int:
 
 
 def test_real_pictures_decide(digits, monkeypatch):
-    """The smallest distance wins, whatever is nearest to many steps; each candidate draws the same pictures."""
+    """Those of small distance come to the final, whose smallest wins, whatever is nearest to many steps; each candidate
+    draws the same pictures."""
     fewer(monkeypatch, fine=9, pictures=8, real=50)
     seen: list[Drawing] = []
 
     def distance(_judge: object, drawing: Drawing) -> float:
         seen.append(drawing)
-        return 0.0 if drawing.sampler == "unipc" else 1.0
+        return {"dpmpp_2m_sde": 0.0, "unipc": 0.1}.get(drawing.sampler, 1.0)
+
+    def final(_judge: object, drawing: Drawing) -> float:
+        return 1.0 - (drawing.sampler == "unipc")
 
     monkeypatch.setattr(judge.Judge, "distance", distance)
+    monkeypatch.setattr(judge.Judge, "final", final)
     options = TuneOptions(digits, counts=(4,), samplers=("ddim", "dpmpp_2m"), pictures=8)
     file = tune(options)
     assert json.loads(file.read_text())["steps"]["4"]["sampler"] == "unipc"
@@ -291,6 +307,7 @@ def test_more_steps_begin_also_where_fewer_ended(digits, monkeypatch):
         return abs(drawing.levels[-1] - 1.5) if drawing.answers == 4 else 99.0
 
     monkeypatch.setattr(judge.Judge, "distance", distance)
+    monkeypatch.setattr(judge.Judge, "final", distance)
     file = tune(TuneOptions(digits, counts=(6, 4), samplers=("ddim",), pictures=8))
     kept = json.loads(file.read_text())["steps"]["4"]
     found = next(one for one in seen if one.levels == tuple(kept["levels"]) and one.sampler == kept["sampler"])
@@ -302,15 +319,22 @@ def test_the_judge_sees_what_is_nearer(digits, monkeypatch):
     """Real pictures lie nearer to the training pictures than noise, and what is drawn is measured as it is."""
     run = Run.open(digits)
     model, _ = run.load_model(Precision(torch.device("cpu")))
-    judged: list[float] = []
-    court = judge.Judge.of(run, model, 1, judged.append)
+    drew: list[int] = []
+    court = judge.Judge.of(run, model, 1, drew.append)
     real = frechet_of(Pair(court.real, court.space.features(run.open_pictures().images[:256])))
     drawing = Drawing(steps=3)
     drawn = court.distance(drawing)
-    assert real < drawn == court.distance(drawing) and judged == [1, 1]
-    monkeypatch.setattr(judge, "FINAL", 2 * judge.JUDGED)
-    # Twice as many others: another distance, and a smaller one, since few pictures seem to be farther than they are.
-    assert real < court.last(drawing) < drawn and judged == [1, 1, 2]
+    assert real < drawn == court.distance(drawing) and drew == [judge.JUDGED] * 2
+    asked: list[int] = []
+
+    def noise(data, seed, numbers, device):
+        asked.extend(numbers)
+        return noise_of(data, seed, numbers, device)
+
+    monkeypatch.setattr(judge, "noise_of", noise)
+    monkeypatch.setattr(judge, "FINAL", 300)
+    assert real < court.final(drawing) and drew[2:] == [300]
+    assert asked == [*range(judge.JUDGED, judge.JUDGED + 300)], "others than those of `distance`"
 
 
 def test_levels_of_other_weights_are_not_used(digits):

@@ -2,9 +2,10 @@
 
 Candidates come from trajectories of the run itself (`tuning/search.py`): levels at which few steps draw what many
 draw. Many steps need not draw best, since a network that has not learned everything is followed into all its errors,
-and fresh noise forgets a part of them. So the last word has the distance to real pictures (`tuning/judge.py`), and the
-best candidates, and what fewer steps have found, are then moved for as long as that brings them nearer to these. The
-first answer, to nothing but noise, is the mean of the pictures wherever that helps, and costs nothing.
+and fresh noise forgets a part of them. So the last word has the distance to real pictures (`tuning/judge.py`): the
+best candidates, and what fewer steps have found, are moved for as long as that brings them nearer to these, and many
+other pictures decide between the nearest of each kind. The first answer, to nothing but noise, is the mean of the
+pictures wherever that helps, and costs nothing.
 """
 
 from __future__ import annotations
@@ -70,11 +71,12 @@ def tune(options: TuneOptions) -> Path:
     screen = console()
     with Progress(console=screen, transient=True) as progress:
         judging = progress.add_task("Candidates", start=False)
-        judge = Judge.of(run, model, options.seed, lambda parts: progress.advance(judging, parts))
+        judge = Judge.of(run, model, options.seed, lambda count: progress.advance(judging, count))
         tries = trials(options.samplers, options.counts)
         progress.console.print(
             f"Drawing {options.pictures} pictures in {FINE} steps, {TRIED} of them {tries:,} times in "
-            f"{min(options.counts)} to {max(options.counts)} steps, and {JUDGED} others with every candidate."
+            f"{min(options.counts)} to {max(options.counts)} steps, {JUDGED} others with every candidate, "
+            f"and {FINAL:,} with the last {FINALISTS} of each number of steps."
         )
         drawn = walks(model, pictures=options.pictures, seed=options.seed, progress=progress)
         found, parts = learned(drawn)
@@ -86,13 +88,13 @@ def tune(options: TuneOptions) -> Path:
         candidates = {
             count: list(dict.fromkeys((*spaced[count], *searched(bench, costs, count)))) for count in options.counts
         }
-        more = STARTS * MOVED + FINALISTS * FINAL / JUDGED
-        progress.update(judging, total=sum(len(these) + more for these in candidates.values()))
+        more = STARTS * MOVED * JUDGED + FINALISTS * FINAL
+        progress.update(judging, total=sum(len(these) * JUDGED + more for these in candidates.values()))
         progress.start_task(judging)
         judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}
         kept, fewer = dict[int, Judged](), None
         for count, these in sorted(judged.items()):
-            kept[count] = best_of(judge.last, moved_on(judge.distance, these, len(spaced[count]), fewer))
+            kept[count] = best_of(judge.final, moved_on(judge.distance, these, len(spaced[count]), fewer))
             fewer = kept[count].drawing
     file = keep_tuned(run, state, {count: one.drawing for count, one in kept.items()})
     table = Table("steps", "best", "distance", *map(short, USUAL))
@@ -102,8 +104,9 @@ def tune(options: TuneOptions) -> Path:
     screen.print(table)
     screen.print(
         f"Distances are Frechet distances of {JUDGED} drawn from {len(judge.real):,} training pictures, in the space "
-        "of random convolutions: of the best, and of samplers (2m: dpmpp_2m, ...) at their usual levels. It was chosen "
-        f"among the nearest by {FINAL:,} others, which show rare failures too."
+        "of random convolutions: of the best, and of samplers (2m: dpmpp_2m, ...) at their usual levels. "
+        f"{FINAL:,} others decided, which show rare failures too; but by these it came so far, so its own flatters it "
+        "a little."
     )
     screen.print(f"Wrote {file}; snowmelt sample {run.path} --steps {options.counts[-1]} uses it.", markup=False)
     return file

@@ -25,12 +25,11 @@ from snowmelt.shapes import Features
 
 JUDGED, REAL = 256, 2000
 """Pictures drawn with each candidate, and training pictures, between which the distance is measured."""
-FINALISTS, FINAL, BEHIND = 4, 1024, 1.2
-"""How many candidates, each with a sampler of its own and no more than so many times as far as the nearest, draw so
-many others, which decide: fresh noise makes a failure now and then, and among dozens that drew few pictures the one
-that made none by chance would win (docs/tune.md)."""
+FINALISTS, FINAL = 4, 1024
+"""How many candidates, each of a kind of its own, draw so many others, which decide: fresh noise makes a failure now
+and then, and among dozens that drew few pictures the one that made none by chance would win (docs/tune.md)."""
 MOVED = 12
-"""Moves of each start, at most, that real pictures judge."""
+"""Moves of each start, at most."""
 STARTS = 3
 """Drawings that moves begin at, at most: see `moved_on`."""
 
@@ -66,11 +65,11 @@ class Judge:
     space: Space
     real: Features
     seed: int
-    judged: Callable[[float], object]
-    """Told after every candidate how many times `JUDGED` pictures it drew."""
+    drew: Callable[[int], object]
+    """Told after every candidate how many pictures it drew."""
 
     @staticmethod
-    def of(run: Run, model: DiffusionModel, seed: int, judged: Callable[[float], object]) -> Judge:
+    def of(run: Run, model: DiffusionModel, seed: int, drew: Callable[[int], object]) -> Judge:
         """With pictures of `run`.
 
         Raises:
@@ -78,17 +77,17 @@ class Judge:
         """
         data = run.open_pictures()
         (space,) = open_spaces(data, ("random",), device=model.precision.device, log=lambda _: None)
-        return Judge(model, space, real_features(space, data, spread_rows(data.train, REAL)), seed, judged)
+        return Judge(model, space, real_features(space, data, spread_rows(data.train, REAL)), seed, drew)
 
     def distance(self, drawing: Drawing) -> float:
         """The Frechet distance of `JUDGED` pictures, made of the same noise for every drawing."""
-        return self._distance(drawing, range(JUDGED))
+        return self._of(drawing, range(JUDGED))
 
-    def last(self, drawing: Drawing) -> float:
+    def final(self, drawing: Drawing) -> float:
         """That of `FINAL` others."""
-        return self._distance(drawing, range(JUDGED, JUDGED + FINAL))
+        return self._of(drawing, range(JUDGED, JUDGED + FINAL))
 
-    def _distance(self, drawing: Drawing, pictures: range) -> float:
+    def _of(self, drawing: Drawing, pictures: range) -> float:
         pixels: list[np.ndarray] = []
         # Of other noise than the trajectories.
         config, device = self.model.config, self.model.precision.device
@@ -96,14 +95,14 @@ class Judge:
             noise, labels = noise_of(config.data, self.seed + 1, numbers, device)
             *_, last = self.model.sample(noise, labels, drawing)
             pixels.append(to_pixels(last.x0).cpu().numpy())
-        self.judged(len(pictures) / JUDGED)
+        self.drew(len(pictures))
         return frechet_of(Pair(self.real, self.space.features(np.concatenate(pixels))))
 
 
 def moved_on(
     distance: Callable[[Drawing], float], judged: list[Judged], even: int, fewer: Drawing | None = None
 ) -> list[Judged]:
-    """`judged`, and all that moves from some of them led to.
+    """`judged`, and all that moves were tried from and led to.
 
     They begin at the best of the first `even` candidates and at the best of the searched ones, since with few steps the
     second can be far behind at first and far ahead in the end (docs/benchmarks.md); and at `fewer`, what fewer steps
@@ -124,14 +123,23 @@ def moved_on(
     return list(known.values())
 
 
-def best_of(last: Callable[[Drawing], float], judged: list[Judged]) -> Judged:
-    """The one whose `last` distance is least: of the nearest of each sampler, with and without noise, the `FINALISTS`
-    nearest."""
-    nearest = sorted(judged, key=_distance)
-    of_each = {(one.drawing.sampler, bool(one.drawing.eta)): one for one in reversed(nearest)}.values()
-    finalists = [one for one in of_each if one.distance <= BEHIND * nearest[0].distance]
-    finalists = sorted(finalists, key=_distance)[:FINALISTS]
-    return finalists[0] if len(finalists) == 1 else min(finalists, key=lambda one: last(one.drawing))
+def best_of(final: Callable[[Drawing], float], judged: list[Judged]) -> Judged:
+    """The one whose `final` distance is least: of the nearest of each kind, a sampler with or without fresh noise, the
+    `FINALISTS` nearest."""
+    of_each = dict[tuple[str, bool], Judged]()
+    for one in sorted(judged, key=_distance):
+        of_each.setdefault((one.drawing.sampler, draws(one.drawing)), one)
+    return min([*of_each.values()][:FINALISTS], key=lambda one: final(one.drawing))
+
+
+def draws(drawing: Drawing) -> bool:
+    """Whether its steps draw fresh noise.
+
+    >>> draws(Drawing(sampler="dpmpp_2m_sde")), draws(Drawing(sampler="dpmpp_2m_sde", eta=0.0))
+    (True, False)
+    """
+    how = SAMPLERS[drawing.sampler].how
+    return drawing.eta > 0 if drawing.eta is not None else how is not None and how.draws
 
 
 def improved(judge: Callable[[Drawing], Judged], start: Judged) -> Judged:
