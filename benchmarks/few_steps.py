@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -47,6 +48,8 @@ class Options:
     """Pictures of each way."""
     spaces: tuple[str, ...] = ("trained", "random")
     seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the network computes in."""
     write: Path | None = None
     """A JSON file for all figures."""
 
@@ -74,7 +77,7 @@ def order_for(run: Run, options: Options, way: str) -> Order:
     if name == "tuned" and not order.drawing.levels:
         raise UserError(f"{run.path} has no tuned levels for {steps} steps; run snowmelt tune first.")
     check_drawing(order.drawing, classes=bool(run.config.data.classes))
-    return order
+    return dataclasses.replace(order, precision=options.precision)
 
 
 def evaluations(model: DiffusionModel, order: Order) -> int:
@@ -109,14 +112,14 @@ def main(options: Options) -> None:
     run, log = Run.open(options.run), Log(console(), options.run / "log.txt")
     data = run.open_pictures()
     spaces = spaces_of(data, EvaluateOptions(options.run, spaces=options.spaces), log)
-    model, state = run.load_model(Precision(torch.device("cpu")))
+    model, state = run.load_model(Precision(torch.device("cpu"), options.precision))
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step.")
     orders = {way: order_for(run, options, way) for way in options.ways}
     table = Table(
         "way", "evaluations", "s/picture", "to the first",
         *(f"{name} ({space.name})" for space in spaces for name in NAMES),
-        title=f"{run.path}: {options.samples:,} pictures",
+        title=f"{run.path}: {options.samples:,} pictures, {options.precision}",
     )  # fmt: skip
     found: dict[str, dict[str, object]] = {}
     first = 0.0

@@ -162,7 +162,7 @@ def test_moves_begin_also_at_what_fewer_steps_have_found():
 
     start = judge.Judged(distance(usual), usual)
     assert min(one.distance for one in judge.moved_on(distance, [start], 1)) == start.distance
-    ways = judge.moved_on(distance, [start], 1, found)
+    ways = judge.moved_on(distance, [start], 1, judge.respaced(found, 4))
     # The mean is no answer of the network: four answers are five levels with it.
     begun = next(one for one in ways if one.drawing.sampler == "deis")
     assert begun.drawing.levels == pytest.approx((-9, -8.25, -7, -3.5, 4)) and begun.distance == 1
@@ -199,6 +199,13 @@ def test_many_other_pictures_decide_between_samplers():
     assert {*seen} == {one.drawing for one in many} and len(seen) == judge.FINALISTS == 4
     many[far] = 0.0
     assert judge.best_of(final, [lucky, far]) == far, "few pictures do not decide"
+    # What fewer steps have found is asked again whatever few pictures say of it; once, where they say it is near.
+    seen.clear()
+    many[worse] = 0.5
+    judged = [quiet, worse, plain, noisy, steady, lucky]
+    assert judge.best_of(final, judged, worse.drawing) == worse and len(seen) == judge.FINALISTS + 1
+    seen.clear()
+    assert judge.best_of(final, judged, steady.drawing) == steady and len(seen) == judge.FINALISTS
 
 
 def test_there_are_no_moves_to_where_nothing_is():
@@ -297,21 +304,26 @@ def test_real_pictures_decide(digits, monkeypatch):
 
 
 def test_more_steps_begin_also_where_fewer_ended(digits, monkeypatch):
-    """In whatever order they are asked for: what four steps found is judged at levels for six."""
+    """In whatever order they are asked for: what four steps found is judged at levels for six, and in the final."""
     fewer(monkeypatch, fine=9, pictures=8, real=50)
     seen: list[Drawing] = []
+    finals: dict[int, list[Drawing]] = {4: [], 6: []}
 
     def distance(_judge: object, drawing: Drawing) -> float:
         seen.append(drawing)
         # Lower at 1.5 than at any usual end, so that what four steps find lies where no candidate for six does.
         return abs(drawing.levels[-1] - 1.5) if drawing.answers == 4 else 99.0
 
+    def final(court: object, drawing: Drawing) -> float:
+        finals[drawing.answers].append(drawing)
+        return distance(court, drawing)
+
     monkeypatch.setattr(judge.Judge, "distance", distance)
-    monkeypatch.setattr(judge.Judge, "final", distance)
+    monkeypatch.setattr(judge.Judge, "final", final)
     file = tune(TuneOptions(digits, counts=(6, 4), samplers=("ddim",), pictures=8))
     kept = json.loads(file.read_text())["steps"]["4"]
     found = next(one for one in seen if one.levels == tuple(kept["levels"]) and one.sampler == kept["sampler"])
-    assert judge.respaced(found, 6) in seen
+    assert judge.respaced(found, 6) in seen and judge.respaced(found, 6) in finals[6]
     file.unlink()
 
 

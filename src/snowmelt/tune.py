@@ -57,7 +57,19 @@ def tune(options: TuneOptions) -> Path:
     from snowmelt.evaluation.drawing import keep_tuned, mean_images
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
-    from snowmelt.tuning.judge import FINAL, FINALISTS, JUDGED, MOVED, STARTS, Judge, Judged, best_of, moved_on, short
+    from snowmelt.tuning.judge import (
+        FINAL,
+        FINALISTS,
+        JUDGED,
+        MOVED,
+        STARTS,
+        Judge,
+        Judged,
+        best_of,
+        moved_on,
+        respaced,
+        short,
+    )
     from snowmelt.tuning.search import FINE, TRIED, USUAL, Bench, costs_of, even, learned, searched, trials, walks
 
     check(options)
@@ -76,7 +88,7 @@ def tune(options: TuneOptions) -> Path:
         progress.console.print(
             f"Drawing {options.pictures} pictures in {FINE} steps, {TRIED} of them {tries:,} times in "
             f"{min(options.counts)} to {max(options.counts)} steps, {JUDGED} others with every candidate, "
-            f"and {FINAL:,} with the last {FINALISTS} of each number of steps."
+            f"and {FINAL:,} with the last few of each number of steps."
         )
         drawn = walks(model, pictures=options.pictures, seed=options.seed, progress=progress)
         found, parts = learned(drawn)
@@ -88,13 +100,14 @@ def tune(options: TuneOptions) -> Path:
         candidates = {
             count: list(dict.fromkeys((*spaced[count], *searched(bench, costs, count)))) for count in options.counts
         }
-        more = STARTS * MOVED * JUDGED + FINALISTS * FINAL
+        more = STARTS * MOVED * JUDGED + (FINALISTS + 1) * FINAL
         progress.update(judging, total=sum(len(these) * JUDGED + more for these in candidates.values()))
         progress.start_task(judging)
         judged = {count: [Judged(judge.distance(one), one) for one in these] for count, these in candidates.items()}
         kept, fewer = dict[int, Judged](), None
         for count, these in sorted(judged.items()):
-            kept[count] = best_of(judge.final, moved_on(judge.distance, these, len(spaced[count]), fewer))
+            heir = None if fewer is None else respaced(fewer, count)
+            kept[count] = best_of(judge.final, moved_on(judge.distance, these, len(spaced[count]), heir), heir)
             fewer = kept[count].drawing
     file = keep_tuned(run, state, {count: one.drawing for count, one in kept.items()})
     table = Table("steps", "best", "distance", *map(short, USUAL))

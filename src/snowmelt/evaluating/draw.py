@@ -52,6 +52,8 @@ class Order:
     device: str
     threads: int = 0
     """Of the arithmetic; 0: as the run would have it."""
+    precision: str = "fp32"
+    """What networks compute in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _here(order: Order, advance: Callable[[int], None]) -> tuple[np.ndarray, flo
 
 
 def _opened(run: Run, order: Order) -> Model:
-    model, state = run.load_model(make_precision(pick_device(order.device), "fp32"), order.state)
+    model, state = run.load_model(make_precision(pick_device(order.device), order.precision), order.state)
     if order.threads:
         torch.set_num_threads(order.threads)
     make_ready(run, state, model, Drawing() if model.at_once else order.drawing)

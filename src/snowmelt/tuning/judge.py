@@ -26,8 +26,9 @@ from snowmelt.shapes import Features
 JUDGED, REAL = 256, 2000
 """Pictures drawn with each candidate, and training pictures, between which the distance is measured."""
 FINALISTS, FINAL = 4, 1024
-"""How many candidates, each of a kind of its own, draw so many others, which decide: fresh noise makes a failure now
-and then, and among dozens that drew few pictures the one that made none by chance would win (docs/tune.md)."""
+"""How many candidates, each of a kind of its own, draw so many others, which decide (and so does what fewer steps
+found): fresh noise makes a failure now and then, and among dozens that drew few pictures the one that made none by
+chance would win (docs/tune.md)."""
 MOVED = 12
 """Moves of each start, at most."""
 STARTS = 3
@@ -100,13 +101,13 @@ class Judge:
 
 
 def moved_on(
-    distance: Callable[[Drawing], float], judged: list[Judged], even: int, fewer: Drawing | None = None
+    distance: Callable[[Drawing], float], judged: list[Judged], even: int, heir: Drawing | None = None
 ) -> list[Judged]:
     """`judged`, and all that moves were tried from and led to.
 
     They begin at the best of the first `even` candidates and at the best of the searched ones, since with few steps the
-    second can be far behind at first and far ahead in the end (docs/benchmarks.md); and at `fewer`, what fewer steps
-    had found, spread over as many levels, since moves that begin with more steps can stop at a bump on the way there.
+    second can be far behind at first and far ahead in the end (docs/benchmarks.md); and at `heir`, what fewer steps had
+    found, `respaced`, since moves that begin with more steps can stop at a bump on the way there.
     """
     known = {one.drawing: one for one in judged}
 
@@ -116,20 +117,22 @@ def moved_on(
         return known[drawing]
 
     starts = [min(some, key=_distance) for some in (judged[:even], judged[even:]) if some]
-    if fewer is not None:
-        starts.append(judge(respaced(fewer, judged[0].drawing.answers)))
+    if heir is not None:
+        starts.append(judge(heir))
     for start in starts:
         improved(judge, start)
     return list(known.values())
 
 
-def best_of(final: Callable[[Drawing], float], judged: list[Judged]) -> Judged:
+def best_of(final: Callable[[Drawing], float], judged: list[Judged], heir: Drawing | None = None) -> Judged:
     """The one whose `final` distance is least: of the nearest of each kind, a sampler with or without fresh noise, the
-    `FINALISTS` nearest."""
+    `FINALISTS` nearest; and of `heir`, which many pictures have found already, with fewer steps."""
     of_each = dict[tuple[str, bool], Judged]()
     for one in sorted(judged, key=_distance):
         of_each.setdefault((one.drawing.sampler, draws(one.drawing)), one)
-    return min([*of_each.values()][:FINALISTS], key=lambda one: final(one.drawing))
+    nearest = [*of_each.values()][:FINALISTS]
+    asked = dict.fromkeys((*nearest, *(one for one in judged if one.drawing == heir)))
+    return min(asked, key=lambda one: final(one.drawing))
 
 
 def draws(drawing: Drawing) -> bool:
