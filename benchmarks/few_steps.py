@@ -48,8 +48,8 @@ class Options:
     """Pictures of each way."""
     spaces: tuple[str, ...] = ("trained", "random")
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """What the network computes in."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the network computes in; auto is as `snowmelt sample` draws."""
     write: Path | None = None
     """A JSON file for all figures."""
 
@@ -72,12 +72,13 @@ def order_for(run: Run, options: Options, way: str) -> Order:
         steps=int(steps),
         guidance=float(guidance or 1),
         seed=options.seed,
+        precision=options.precision,
     )
     order = order_of(run, asked)
     if name == "tuned" and not order.drawing.levels:
         raise UserError(f"{run.path} has no tuned levels for {steps} steps; run snowmelt tune first.")
     check_drawing(order.drawing, classes=bool(run.config.data.classes))
-    return dataclasses.replace(order, precision=options.precision)
+    return order
 
 
 def evaluations(model: DiffusionModel, order: Order) -> int:
@@ -112,14 +113,15 @@ def main(options: Options) -> None:
     run, log = Run.open(options.run), Log(console(), options.run / "log.txt")
     data = run.open_pictures()
     spaces = spaces_of(data, EvaluateOptions(options.run, spaces=options.spaces), log)
-    model, state = run.load_model(Precision(torch.device("cpu"), options.precision))
+    orders = {way: order_for(run, options, way) for way in options.ways}
+    precision = next(iter(orders.values())).precision
+    model, state = run.load_model(Precision(torch.device("cpu"), precision))
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step.")
-    orders = {way: order_for(run, options, way) for way in options.ways}
     table = Table(
         "way", "evaluations", "s/picture", "to the first",
         *(f"{name} ({space.name})" for space in spaces for name in NAMES),
-        title=f"{run.path}: {options.samples:,} pictures, {options.precision}",
+        title=f"{run.path}: {options.samples:,} pictures, {precision}",
     )  # fmt: skip
     found: dict[str, dict[str, object]] = {}
     first = 0.0

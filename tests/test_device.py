@@ -104,6 +104,25 @@ def test_more_threads_are_taken_where_they_are_faster(monkeypatch, ratio, given,
     assert brief.threads == (3 if given else 2) and not any("threads" in reason for reason in brief.reasons)
 
 
+@pytest.mark.parametrize(
+    ("asked", "trained", "ratio", "name"),
+    [
+        ("auto", "bf16", 1.5, "bf16"),
+        ("auto", "bf16", 0.5, "bf16"),  # a neighbour was busy
+        ("auto", "bf16", 0.1, "fp32"),  # imitated
+        ("auto", "fp32", 1.5, "fp32"),
+        ("bf16", "fp32", 0.1, "bf16"),
+        ("fp32", "bf16", 1.5, "fp32"),
+    ],
+)
+def test_pictures_are_drawn_in_what_the_network_was_trained_in(monkeypatch, asked, trained, ratio, name):
+    """Where the processor has it; and in what was asked for everywhere."""
+    monkeypatch.setattr(device, "convolution_ratio", lambda _device: ratio)
+    assert device.drawing_precision(CPU, asked, trained) == Precision(CPU, name)
+    gpu = torch.device("cuda")
+    assert device.drawing_precision(gpu, asked, trained).name == (asked if asked != "auto" else "fp32")
+
+
 def test_what_one_format_took_is_given_back_before_the_next_is_tried(monkeypatch):
     """In the order of what happens: memory is given back, a learner is made; and once more at the end."""
     from snowmelt.training import measure

@@ -79,6 +79,12 @@ def test_figures_say_what_they_are_and_repeat(run, capsys):
         assert kept["figures"] == found["figures"] and kept["spaces"] == found["spaces"]
         assert kept["memorization"]["copies"] == found["memorization"]["copies"]
         assert len(list(pairs.glob("*.png"))) == 32
+    older = {name: value for name, value in figures(run).items() if name != "precision"}
+    for precision, same in (("fp32", True), ("bf16", False)):
+        (pairs.parent / "figures.json").write_text(json.dumps(older))
+        assert cli(["evaluate", str(run.path), "--measure", "copies", "--precision", precision, *SAMPLES]) == 0
+        assert figures(run)["precision"] == precision
+        assert figures(run)["figures"] == (found["figures"] if same else [])
     assert cli(["evaluate", str(run.path), "--measure", "copies", "--samples", "99", "--processes", "1"]) == 0
     assert figures(run)["figures"] == [] and figures(run)["memorization"]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from snowmelt import checkpoint
+from snowmelt import checkpoint, device
 from snowmelt.cli import run as cli
 from snowmelt.device import Precision
 from snowmelt.evaluation import drawing
@@ -56,6 +56,32 @@ def test_the_note_draws_the_picture_again(digits, tmp_path):
     words = shlex.split(note["command"])
     assert cli([*words[1:], "--out", str(tmp_path / "b")]) == 0
     assert np.array_equal(pixels(tmp_path / "a" / "seed0-00001.png"), pixels(tmp_path / "b" / "seed0-00001.png"))
+
+
+def test_a_picture_in_bf16_is_nearly_that_in_fp32(digits, tmp_path, monkeypatch, capsys):
+    """A run that was trained in bf16 draws so where the processor has it; the note says it, and draws it again
+    elsewhere."""
+    run = tmp_path / "run"
+    shutil.copytree(digits, run)
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('precision = "fp32"', 'precision = "bf16"'))
+
+    def drawn(name: str, ratio: float, **more: str) -> tuple[np.ndarray, dict]:
+        monkeypatch.setattr(device, "convolution_ratio", lambda _device: ratio)
+        sample(SampleOptions(run, out=tmp_path / name, count=1, steps=8, **more))
+        return pixels(tmp_path / name / "seed0-00000.png"), json.loads(
+            (tmp_path / name / "seed0-00000.json").read_text()
+        )
+
+    (auto, note), (exact, plain) = drawn("auto", 1.5), drawn("exact", 1.5, precision="fp32")
+    assert "drawn in bf16 as the run was trained" in " ".join(capsys.readouterr().err.split())
+    assert (note["precision"], plain["precision"]) == ("bf16", "fp32")
+    # bfloat16 keeps 8 bits; eight answers, each wrong by 1/256 of a picture's range, are seldom wrong the same way.
+    assert 0 < abs(auto - exact).max() <= 8 and abs(auto - exact).mean() < 1
+    elsewhere, there = drawn("elsewhere", 0.1)
+    assert there["precision"] == "fp32" and np.array_equal(elsewhere, exact)
+    assert cli([*shlex.split(note["command"])[1:], "--out", str(tmp_path / "again")]) == 0
+    assert np.array_equal(pixels(tmp_path / "again" / "seed0-00000.png"), auto)
 
 
 def test_grid_and_strip(digits, tmp_path):

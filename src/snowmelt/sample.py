@@ -86,8 +86,9 @@ class SampleOptions:
     """Also write strip.png: how the pictures come out of the noise."""
     batch: int | None = None
     """Pictures drawn at once; 64, or fewer of large ones, when not given."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is faster where the processor has it; fp32 draws the same picture everywhere."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is faster where the processor has it, fp32 draws the same picture everywhere; auto is what the run was
+    trained in, where that is fast."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
 
@@ -114,7 +115,7 @@ def sample(options: SampleOptions) -> list[Path]:
     # Late, so that the command line stays instant.
     import torch
 
-    from snowmelt.device import make_precision, pick_device
+    from snowmelt.device import drawing_precision, pick_device
     from snowmelt.evaluation.drawing import make_ready, usual
     from snowmelt.models import check_drawing
     from snowmelt.models.base import Drawing
@@ -127,10 +128,10 @@ def sample(options: SampleOptions) -> list[Path]:
 
     drawing = usual(run, run.state_of(options.state), Drawing.of(options), sampler=options.sampler)
     check_drawing(drawing, classes=bool(run.config.data.classes))
-    precision = make_precision(pick_device(options.device), options.precision)
+    precision = drawing_precision(pick_device(options.device), options.precision, run.config.training.precision)
     model, checkpoint = run.load_model(precision, options.state)
     make_ready(run, checkpoint, model, drawing)
-    facts = _facts(run, checkpoint, options, {} if model.at_once else drawing.as_dict())
+    facts = _facts(run, checkpoint, options, precision.name, {} if model.at_once else drawing.as_dict())
     batch = options.batch or drawn_at_once(run.config)
     files: list[Path] = []
     # Of the strip no more than it shows, of the grid the pictures alone: of thousands, all moments are gigabytes.
@@ -148,7 +149,8 @@ def sample(options: SampleOptions) -> list[Path]:
         if options.strip:
             columns = [torch.cat(parts)[:ROWS] for parts in zip(*rows, strict=True)]
             files.append(save_png(out / "strip.png", strip(columns, smallest=64)))
-    console().print(f"Wrote {len(wanted)} pictures to {out}", markup=False)
+    how = ", drawn in bf16 as the run was trained" if options.precision == "auto" and precision.name == "bf16" else ""
+    console().print(f"Wrote {len(wanted)} pictures to {out}{how}", markup=False)
     return files
 
 
@@ -229,7 +231,9 @@ def _write(out: Path, group: Sequence[Wanted], images: Images, facts: dict[str, 
     return write_together(out, files)
 
 
-def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str, Any]) -> dict[str, Any]:
+def _facts(
+    run: Run, checkpoint: Path, options: SampleOptions, precision: str, drawing: dict[str, Any]
+) -> dict[str, Any]:
     """What determines a picture, beside its seed, number and class."""
     from snowmelt.checkpoint import digest_of
 
@@ -241,7 +245,7 @@ def _facts(run: Run, checkpoint: Path, options: SampleOptions, drawing: dict[str
         # The newest is another one, once the training has gone on.
         "state": str(int(checkpoint.name)) if options.state == "newest" else options.state,
         "drawing": drawing,
-        "precision": options.precision,
+        "precision": precision,
         "classes": run.config.data.classes,
     }
 

@@ -37,8 +37,8 @@ class TuneOptions:
     """Trajectories to learn from."""
     seed: int = 1_000_000
     """Of their noise; pictures that are drawn later should have another one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is faster where the processor has it."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the network computes in; auto is what `snowmelt sample` draws in."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
 
@@ -53,7 +53,7 @@ def tune(options: TuneOptions) -> Path:
     from rich.progress import Progress
     from rich.table import Table
 
-    from snowmelt.device import make_precision, pick_device
+    from snowmelt.device import drawing_precision, pick_device
     from snowmelt.evaluation.drawing import keep_tuned, mean_images
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
@@ -74,7 +74,8 @@ def tune(options: TuneOptions) -> Path:
 
     check(options)
     run = Run.open(Path(options.run))
-    model, state = run.load_model(make_precision(pick_device(options.device), options.precision))
+    precision = drawing_precision(pick_device(options.device), options.precision, run.config.training.precision)
+    model, state = run.load_model(precision)
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step: nothing to tune.")
     if len(run.open_pictures().train) < 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -78,6 +79,8 @@ class EvaluateOptions:
     """That draw side by side, sharing the cores; 0: as many as are worth starting, or one on a GPU."""
     batch: int = 32
     """Pictures at once."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What pictures are drawn in; auto is as `snowmelt sample` draws them. All else is computed in fp32."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
 

@@ -18,7 +18,7 @@ from snowmelt import __version__
 from snowmelt.checkpoint import digest_of
 from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.data.publish import publish
-from snowmelt.device import make_precision, pick_device
+from snowmelt.device import drawing_precision, make_precision, pick_device
 from snowmelt.errors import UserError
 from snowmelt.evaluating.draw import Drawn, Order, draw, seconds_per_picture
 from snowmelt.evaluating.options import EvaluateOptions
@@ -57,9 +57,13 @@ def drawing_of(options: EvaluateOptions) -> Drawing:
 def order_of(run: Run, options: EvaluateOptions) -> Order:
     """What is drawn for these options."""
     numbers = tuple(range(options.samples))
-    device = str(pick_device(options.device))
+    device = pick_device(options.device)
+    # Here once, so that all who draw do the same.
+    precision = drawing_precision(device, options.precision, run.config.training.precision).name
     drawing = usual(run, run.state_of(options.state), drawing_of(options), sampler=options.sampler)
-    return Order(str(run.path), options.state, drawing, options.seed, numbers, options.batch, device)
+    return Order(
+        str(run.path), options.state, drawing, options.seed, numbers, options.batch, str(device), precision=precision
+    )
 
 
 def reference_of(data: Prepared, space: Space | None = None) -> tuple[np.ndarray, str]:
@@ -125,6 +129,7 @@ def measure_quality(
         "reference": reference,
         "seed": options.seed,
         "drawing": {} if is_at_once(run) else order.drawing.as_dict(),
+        "precision": order.precision,
         "seconds": {
             "drawing": round(drawn.seconds, 3),
             "per_picture": drawn.seconds / len(drawn.pixels),
@@ -150,14 +155,15 @@ def measure_quality(
     return found
 
 
-SAME = ("weights", "samples", "real", "reference", "seed", "drawing")
+SAME = ("weights", "samples", "real", "reference", "seed", "drawing", "precision")
 """What says, in a figures.json, which pictures were measured, and beside which."""
 
 
 def _with_kept(found: dict[str, Any], folder: Path, measured: tuple[str, ...]) -> dict[str, Any]:
     """`found`, with what an earlier measurement of the same pictures says of that which is not `measured` now."""
     try:
-        before = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        # All were drawn so before they said it.
+        before = {"precision": "fp32"} | json.loads((folder / "figures.json").read_text(encoding="utf-8"))
         if any(before[name] != found[name] for name in SAME):
             return found
         names = () if "quality" in measured else ("figures", "classes", "spaces")
@@ -201,11 +207,11 @@ def is_at_once(run: Run) -> bool:
 
 def announce(run: Run, order: Order, spaces: list[Space], options: EvaluateOptions, log: Log) -> None:
     """Say what is going to be done and about how long it takes."""
-    drawing = seconds_per_picture(order, options.processes) * len(order.numbers)
-    measuring = seconds_of_measuring(run.open_pictures(), spaces, len(order.numbers), options)
+    drawing = words_of(seconds_per_picture(order, options.processes) * len(order.numbers))
+    measuring = words_of(seconds_of_measuring(run.open_pictures(), spaces, len(order.numbers), options))
     log(
-        f"Drawing {len(order.numbers):,} pictures of {run.path} takes about {words_of(drawing)}, measuring them about "
-        f"{words_of(measuring)}."
+        f"Drawing {len(order.numbers):,} pictures of {run.path} in {order.precision} takes about {drawing}, measuring "
+        f"them about {measuring}."
     )
 
 
