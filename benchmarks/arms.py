@@ -142,7 +142,7 @@ def drawn_by(model: Model, drawing: Drawing, count: int) -> torch.Tensor:
 
 
 def measured(learner: Learner, average: Average, data: Prepared, options: Options, name: str) -> dict[str, Any]:
-    """Loss and distance with the average weights, in float32 as those of `snowmelt evaluate`."""
+    """Loss and distance with the average weights, in float32."""
     learner.model.precision = dataclasses.replace(learner.model.precision, name="fp32")
     if options.model == "diffusion":
         # Of every arm what it says within the range, or those that are not censored would err more by that alone.

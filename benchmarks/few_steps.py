@@ -133,6 +133,7 @@ def main(options: Options) -> None:
         first = first or distance
         row = {
             "evaluations": evaluations(model, order),
+            "precision": order.precision,
             "seconds": drawn.seconds / len(drawn.pixels),
             "figures": [dataclasses.asdict(figure) for figure in figures],
         }

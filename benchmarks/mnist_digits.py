@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from snowmelt.data.pixels import to_images, to_pixels
 from snowmelt.data.prepared import Prepared, is_prepared, open_prepared
-from snowmelt.device import Precision
 from snowmelt.models.base import Drawing
 from snowmelt.prepare import PrepareOptions, prepare
 from snowmelt.run import Run
@@ -104,7 +103,7 @@ def judge(network: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
 
 def draw(run: Run, labels: Labels | None, options: Options) -> Images:
     """New digits, of the given classes or of none."""
-    model, _ = run.load_model(Precision(torch.device("cpu"), run.config.training.precision))
+    model, _ = run.load_model(run.drawing_precision("cpu", "auto"))
     shape = (run.config.data.channels, run.config.data.size, run.config.data.size)
     parts: list[Images] = []
     for start in range(0, options.count, 100):

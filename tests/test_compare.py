@@ -26,6 +26,7 @@ from snowmelt.comparing.duel import Ledger
 from snowmelt.comparing.plots import ROLES, mark_of
 from snowmelt.comparing.verdict import RETRAINED, groups, told_apart, verdict
 from snowmelt.errors import UserError
+from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.run import Run
 
 LOWER = ("frechet", "kid", "patches")
@@ -320,6 +321,12 @@ def test_finished_runs_are_compared(digits, tmp_path, monkeypatch):
     assert NO_TIME not in found["not_measured"], "an encoder that nobody asked for has not taken too long"
     for name in ("report.html", "report.md", "compare.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+def test_what_was_drawn_in_another_precision_is_measured_again(digits):
+    run, options = Run.open(digits["vae"]), EvaluateOptions(digits["vae"])
+    keys = [entries._key(run, dataclasses.replace(options, precision=name), []) for name in ("fp32", "bf16", "auto")]
+    assert keys[0] != keys[1] and keys[0] == keys[2], "the run was trained in fp32"
 
 
 def test_runs_of_the_same_name_are_told_apart():

@@ -63,6 +63,35 @@ def test_a_run_draws_with_as_many_threads_as_it_trained_with(tmp_path, monkeypat
     assert counts == [threads]
 
 
+@pytest.mark.parametrize(
+    ("asked", "trained", "there", "name"),
+    [
+        ("auto", "bf16", True, "bf16"),
+        ("auto", "bf16", False, "fp32"),
+        ("auto", "fp32", True, "fp32"),
+        ("bf16", "fp32", False, "bf16"),
+        ("fp32", "bf16", True, "fp32"),
+    ],
+)
+def test_a_run_draws_in_what_it_was_trained_in(tmp_path, monkeypatch, asked, trained, there, name):
+    """Where the processor has it; and in what was asked for everywhere."""
+    monkeypatch.setattr(device, "multiplies_bf16", lambda: there)
+    network = UNetConfig(channels=(32, 64), attention=(False, True))
+    training = TrainingConfig(steps=1, precision=trained)
+    run = Run.create(tmp_path / "run", Config(DataConfig(8, 1), network=network, training=training))
+    assert run.drawing_precision("cpu", asked) == Precision(CPU, name)
+    monkeypatch.setattr(device, "pick_device", torch.device)
+    assert run.drawing_precision("cuda", asked).name == (asked if asked != "auto" else "fp32"), "not measured there"
+
+
+def test_whether_a_processor_multiplies_bf16_is_what_linux_says():
+    """Where there is no such list, torch may say what it likes."""
+    told = Path("/proc/cpuinfo")
+    if not told.exists() or platform.machine() != "x86_64":
+        pytest.skip("no list of what the processor can do")
+    assert device.multiplies_bf16() == ("avx512_bf16" in told.read_text())
+
+
 def test_torch_takes_as_many_threads_as_it_is_told():
     """What `AT_FIRST` relies on, where torch would take more, and that it is taken before anything says how many."""
     code = "import snowmelt.device, torch; torch.set_num_threads(2); print(snowmelt.device.AT_FIRST)"
@@ -102,25 +131,6 @@ def test_more_threads_are_taken_where_they_are_faster(monkeypatch, ratio, given,
     )
     brief = measure.measure(config, data, CPU, asked="fp32", given=given, thorough=False)
     assert brief.threads == (3 if given else 2) and not any("threads" in reason for reason in brief.reasons)
-
-
-@pytest.mark.parametrize(
-    ("asked", "trained", "ratio", "name"),
-    [
-        ("auto", "bf16", 1.5, "bf16"),
-        ("auto", "bf16", 0.5, "bf16"),  # a neighbour was busy
-        ("auto", "bf16", 0.1, "fp32"),  # imitated
-        ("auto", "fp32", 1.5, "fp32"),
-        ("bf16", "fp32", 0.1, "bf16"),
-        ("fp32", "bf16", 1.5, "fp32"),
-    ],
-)
-def test_pictures_are_drawn_in_what_the_network_was_trained_in(monkeypatch, asked, trained, ratio, name):
-    """Where the processor has it; and in what was asked for everywhere."""
-    monkeypatch.setattr(device, "convolution_ratio", lambda _device: ratio)
-    assert device.drawing_precision(CPU, asked, trained) == Precision(CPU, name)
-    gpu = torch.device("cuda")
-    assert device.drawing_precision(gpu, asked, trained).name == (asked if asked != "auto" else "fp32")
 
 
 def test_what_one_format_took_is_given_back_before_the_next_is_tried(monkeypatch):

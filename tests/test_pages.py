@@ -192,9 +192,10 @@ def test_a_bar_lies_where_its_numbers_are():
 
 
 def test_words_of_what_was_measured():
-    assert drawing_words({}) == "in a single step" and drawing_words(None) == ""
-    assert drawing_words({"sampler": "unipc", "steps": 15, "guide": ""}) == "with sampler unipc, steps 15"
-    assert drawing_words({"guidance": 0.0, "strip": False}) == "with guidance 0.0", "0 is a number that somebody chose"
+    assert drawing_words({}, None) == "in a single step" and drawing_words(None, "bf16") == ""
+    assert drawing_words({"sampler": "unipc", "steps": 15, "guide": ""}, "fp32") == "with sampler unipc, steps 15"
+    assert drawing_words({"guidance": 0.0, "strip": False}, None) == "with guidance 0.0", "0 is a number, too"
+    assert drawing_words({"steps": 8}, "bf16") == "with steps 8, in bf16"
     assert (time_words(0.0123), time_words(0.5)) == ("12.3 ms", "0.500 s")
     # 4 of 96 held-out pictures that are no twins, and 4 that are: 4 of 100.
     assert twins_share({"duplicates": 4, "held_out": 96}) == 0.04

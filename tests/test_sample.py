@@ -36,17 +36,20 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_picture_17_of_seed_5_is_the_same_in_any_batch(digits, tmp_path, sampler):
-    common = {"run": digits, "seeds": (5,), "steps": 10, "sampler": sampler}
+@pytest.mark.parametrize(
+    ("sampler", "precision", "most"), [("ddim", "fp32", 1), ("ddpm", "fp32", 1), ("ddim", "bf16", 3)]
+)
+def test_picture_17_of_seed_5_is_the_same_in_any_batch(digits, tmp_path, sampler, precision, most):
+    common = {"run": digits, "seeds": (5,), "steps": 10, "sampler": sampler, "precision": precision}
     sample(SampleOptions(**common, out=tmp_path / "many", count=20, batch=20))
     sample(SampleOptions(**common, out=tmp_path / "seven", count=20, batch=7))
     sample(SampleOptions(**common, out=tmp_path / "alone", count=1, first=17))
     many, seven, alone = (pixels(tmp_path / name / "seed5-00017.png") for name in ("many", "seven", "alone"))
-    # One level of 255: kernels sum in another order for another batch size, and 10 steps can carry that to a rounding.
-    assert abs(many - seven).max() <= 1 and abs(many - alone).max() <= 1
+    # One level of 255: kernels sum in another order for another batch size, and 10 steps can carry that to a rounding;
+    # to one of bfloat16, of 1/256 of an answer, three: seen in 64 pictures of MNIST, in eight steps.
+    assert abs(many - seven).max() <= most and abs(many - alone).max() <= most
     other = pixels(tmp_path / "many" / "seed5-00007.png")
-    assert abs(other - many).max() > 1, "another picture of the same class is another picture"
+    assert abs(other - many).max() > most, "another picture of the same class is another picture"
 
 
 def test_the_note_draws_the_picture_again(digits, tmp_path):
@@ -66,19 +69,19 @@ def test_a_picture_in_bf16_is_nearly_that_in_fp32(digits, tmp_path, monkeypatch,
     config = (run / "config.toml").read_text()
     (run / "config.toml").write_text(config.replace('precision = "fp32"', 'precision = "bf16"'))
 
-    def drawn(name: str, ratio: float, **more: str) -> tuple[np.ndarray, dict]:
-        monkeypatch.setattr(device, "convolution_ratio", lambda _device: ratio)
+    def drawn(name: str, there: bool, **more: str) -> tuple[np.ndarray, dict]:
+        monkeypatch.setattr(device, "multiplies_bf16", lambda: there)
         sample(SampleOptions(run, out=tmp_path / name, count=1, steps=8, **more))
         return pixels(tmp_path / name / "seed0-00000.png"), json.loads(
             (tmp_path / name / "seed0-00000.json").read_text()
         )
 
-    (auto, note), (exact, plain) = drawn("auto", 1.5), drawn("exact", 1.5, precision="fp32")
+    (auto, note), (exact, plain) = drawn("auto", True), drawn("exact", True, precision="fp32")
     assert "drawn in bf16 as the run was trained" in " ".join(capsys.readouterr().err.split())
     assert (note["precision"], plain["precision"]) == ("bf16", "fp32")
     # bfloat16 keeps 8 bits; eight answers, each wrong by 1/256 of a picture's range, are seldom wrong the same way.
     assert 0 < abs(auto - exact).max() <= 8 and abs(auto - exact).mean() < 1
-    elsewhere, there = drawn("elsewhere", 0.1)
+    elsewhere, there = drawn("elsewhere", False)
     assert there["precision"] == "fp32" and np.array_equal(elsewhere, exact)
     assert cli([*shlex.split(note["command"])[1:], "--out", str(tmp_path / "again")]) == 0
     assert np.array_equal(pixels(tmp_path / "again" / "seed0-00000.png"), auto)
@@ -202,6 +205,9 @@ def test_the_measured_variance_is_kept_with_the_weights_it_belongs_to(digits, tm
         kept.write_text(json.dumps(spoiled))
         assert cli([*words, "--out", str(tmp_path)]) == 0
         assert json.loads(kept.read_text()) == before
+    kept.unlink()
+    assert cli([*words, "--out", str(tmp_path), "--precision", "bf16"]) == 0
+    assert json.loads(kept.read_text()) == before, "whatever was drawn in when it was measured"
     early = checkpoint.steps_saved(Run.open(digits).snapshots)[0]
     assert cli([*words, "--out", str(tmp_path), "--state", str(early)]) == 0
     of_early = json.loads(kept.read_text())

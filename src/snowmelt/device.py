@@ -139,25 +139,10 @@ def convolution_ratio(device: torch.device) -> float:
     return best["fp32"] / best["bf16"]
 
 
-def imitates_bf16(device: torch.device) -> bool:
-    """Whether this processor does not multiply bfloat16 itself, which makes it far slower than float32."""
-    return device.type == "cpu" and convolution_ratio(device) < 1 / PLAIN
-
-
-def drawing_precision(device: torch.device, asked: str, trained: str) -> Precision:
-    """What pictures are drawn in: as `asked`, and for "auto" as the network was `trained`.
-
-    Its training found by measurement which is faster. Pictures of bfloat16 are as near to real ones, and a few levels
-    of 255 from those of float32 (docs/recipe.md). Where a processor only imitates bfloat16, and on a GPU, where that
-    was not measured, "auto" is float32.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    if asked != "auto":
-        return make_precision(device, asked)
-    there = trained == "bf16" and device.type == "cpu" and not imitates_bf16(device)
-    return Precision(device, "bf16" if there else "fp32")
+def multiplies_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself, which torch tells of those of the kind of x86; else False."""
+    told: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return told is not None and told()
 
 
 class Speed(NamedTuple):

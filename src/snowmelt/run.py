@@ -177,6 +177,24 @@ class Run:
         checkpoint.load_into(model, weights, path)
         return model, path
 
+    def drawing_precision(self, device: str, asked: str) -> Precision:
+        """What pictures are drawn in on a device: as `asked`, and for "auto" in what the run was trained in.
+
+        Training measures which is faster. Pictures of bfloat16 are as near to real ones, and a few levels of 255 from
+        those of float32 (docs/recipe.md). Where a processor does not multiply bfloat16, and on a GPU, where all that
+        was not measured, "auto" is float32.
+
+        Raises:
+            UserError: an unknown name, no such device here.
+        """
+        from snowmelt.device import make_precision, multiplies_bf16, pick_device
+
+        found = pick_device(device)
+        if asked == "auto":
+            trained = self.config.training.precision
+            asked = trained if trained == "bf16" and found.type == "cpu" and multiplies_bf16() else "fp32"
+        return make_precision(found, asked)
+
     def load_learner(self, precision: Precision, state: str = "newest") -> Learner:
         """A learner of the model that `load_model` gives, with what else was kept of its training, to measure with.
 

@@ -87,8 +87,8 @@ class SampleOptions:
     batch: int | None = None
     """Pictures drawn at once; 64, or fewer of large ones, when not given."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is faster where the processor has it, fp32 draws the same picture everywhere; auto is what the run was
-    trained in, where that is fast."""
+    """fp32 draws the same picture everywhere; auto is bf16 where the run was trained in it and the processor multiplies
+    it, which is faster and a few shades of 255 different, and else fp32."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
 
@@ -115,7 +115,6 @@ def sample(options: SampleOptions) -> list[Path]:
     # Late, so that the command line stays instant.
     import torch
 
-    from snowmelt.device import drawing_precision, pick_device
     from snowmelt.evaluation.drawing import make_ready, usual
     from snowmelt.models import check_drawing
     from snowmelt.models.base import Drawing
@@ -128,7 +127,7 @@ def sample(options: SampleOptions) -> list[Path]:
 
     drawing = usual(run, run.state_of(options.state), Drawing.of(options), sampler=options.sampler)
     check_drawing(drawing, classes=bool(run.config.data.classes))
-    precision = drawing_precision(pick_device(options.device), options.precision, run.config.training.precision)
+    precision = run.drawing_precision(options.device, options.precision)
     model, checkpoint = run.load_model(precision, options.state)
     make_ready(run, checkpoint, model, drawing)
     facts = _facts(run, checkpoint, options, precision.name, {} if model.at_once else drawing.as_dict())

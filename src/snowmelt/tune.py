@@ -4,8 +4,8 @@ Candidates come from trajectories of the run itself (`tuning/search.py`): levels
 draw. Many steps need not draw best, since a network that has not learned everything is followed into all its errors,
 and fresh noise forgets a part of them. So the last word has the distance to real pictures (`tuning/judge.py`): the
 best candidates, and what fewer steps have found, are moved for as long as that brings them nearer to these, and many
-other pictures decide between the nearest of each kind. The first answer, to nothing but noise, is the mean of the
-pictures wherever that helps, and costs nothing.
+other pictures decide between the nearest of each kind and, once more, what fewer steps have found. The first answer,
+to nothing but noise, is the mean of the pictures wherever that helps, and costs nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ def tune(options: TuneOptions) -> Path:
     from rich.progress import Progress
     from rich.table import Table
 
-    from snowmelt.device import drawing_precision, pick_device
     from snowmelt.evaluation.drawing import keep_tuned, mean_images
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
@@ -74,8 +73,7 @@ def tune(options: TuneOptions) -> Path:
 
     check(options)
     run = Run.open(Path(options.run))
-    precision = drawing_precision(pick_device(options.device), options.precision, run.config.training.precision)
-    model, state = run.load_model(precision)
+    model, state = run.load_model(run.drawing_precision(options.device, options.precision))
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step: nothing to tune.")
     if len(run.open_pictures().train) < 2:

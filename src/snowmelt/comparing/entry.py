@@ -72,6 +72,7 @@ def _key(run: Run, options: EvaluateOptions, spaces: list[Space]) -> dict[str, A
         "drawing": order.drawing.as_dict(),
         # How long a picture takes depends on these.
         "device": order.device,
+        "precision": order.precision,
         "processes": options.processes,
         "version": __version__,
         "weights": checkpoint.digest_of(run.state_of("newest")),

@@ -264,7 +264,10 @@ def _how(comparison: Comparison) -> str:
         for name, about in table_of(quality.get("spaces")).items()
     ]
     commands = [str(run["command"]) for run in runs if run.get("command")]
-    drawings = [f"{plain(name_of(run))}: {plain(said)}" for run in runs if (said := drawing_words(run.get("drawing")))]
+    drawn = [
+        (name_of(run), drawing_words(run.get("drawing"), table_of(run.get("quality")).get("precision"))) for run in runs
+    ]
+    drawings = [f"{plain(name)}: {plain(said)}" for name, said in drawn if said]
     words = "<p>All saw the same pictures, with the same ones held out, and were measured by the same "
     words += (
         f"code with the same seeds.</p>{_budget(runs)}<p>{whole(quality.get('samples')):,} drawn pictures of each were "

@@ -50,10 +50,9 @@ class Order:
     numbers: tuple[int, ...]
     batch: int
     device: str
+    precision: str
     threads: int = 0
     """Of the arithmetic; 0: as the run would have it."""
-    precision: str = "fp32"
-    """What networks compute in."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from snowmelt import __version__
 from snowmelt.checkpoint import digest_of
 from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.data.publish import publish
-from snowmelt.device import drawing_precision, make_precision, pick_device
+from snowmelt.device import make_precision, pick_device
 from snowmelt.errors import UserError
 from snowmelt.evaluating.draw import Drawn, Order, draw, seconds_per_picture
 from snowmelt.evaluating.options import EvaluateOptions
@@ -57,13 +57,10 @@ def drawing_of(options: EvaluateOptions) -> Drawing:
 def order_of(run: Run, options: EvaluateOptions) -> Order:
     """What is drawn for these options."""
     numbers = tuple(range(options.samples))
-    device = pick_device(options.device)
-    # Here once, so that all who draw do the same.
-    precision = drawing_precision(device, options.precision, run.config.training.precision).name
+    precision = run.drawing_precision(options.device, options.precision)
     drawing = usual(run, run.state_of(options.state), drawing_of(options), sampler=options.sampler)
-    return Order(
-        str(run.path), options.state, drawing, options.seed, numbers, options.batch, str(device), precision=precision
-    )
+    device = str(precision.device)
+    return Order(str(run.path), options.state, drawing, options.seed, numbers, options.batch, device, precision.name)
 
 
 def reference_of(data: Prepared, space: Space | None = None) -> tuple[np.ndarray, str]:

@@ -21,6 +21,7 @@ from snowmelt.config import DataConfig
 from snowmelt.data.pixels import to_images
 from snowmelt.data.prepared import mean_pictures
 from snowmelt.data.stream import batch_of
+from snowmelt.device import Precision
 from snowmelt.diffusion.grids import given_grid, log_snr_grid
 from snowmelt.diffusion.variance import Variance, analytic, noise_power
 from snowmelt.diffusion.walk import NoiseSource
@@ -175,8 +176,11 @@ def _powers(run: Run, model: DiffusionModel, grid: Grid) -> list[float]:
     for start in range(0, len(rows), batch):
         images, labels = batch_of(data, rows[start : start + batch], device)
         noise = noise_source([0] * len(images), range(start, start + len(images)), images.shape[1:], device)
+        asked = model.bind(labels)
+        # It is kept, so it must not depend on what was drawn in when it was first asked for.
+        asked.precision = Precision(device)
         with torch.no_grad():
-            powers = noise_power(model.bind(labels), images, grid, noise)
+            powers = noise_power(asked, images, grid, noise)
         total += len(images) * torch.tensor(powers, dtype=torch.float64)
     return (total / len(rows)).tolist()
 

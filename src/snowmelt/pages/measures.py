@@ -110,13 +110,14 @@ def twins_share(memorization: dict[str, Any]) -> float | None:
     return None if twins is None or others is None or twins + others <= 0 else twins / (twins + others)
 
 
-def drawing_words(drawing: Any) -> str:
+def drawing_words(drawing: Any, precision: Any) -> str:
     """How pictures were drawn; empty where that is not known, plain text."""
     if not isinstance(drawing, dict):
         return ""
     given = {name: value for name, value in drawing.items() if value is not False and value not in (None, "", [])}
     said = ", ".join(_setting(name, value) for name, value in given.items())
-    return f"with {said}" if said else "in a single step"
+    how = f"with {said}" if said else "in a single step"
+    return f"{how}, in bf16" if precision == "bf16" else how
 
 
 def _setting(name: str, value: Any) -> str:

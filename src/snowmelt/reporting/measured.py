@@ -77,7 +77,7 @@ def _how(found: dict[str, Any]) -> str:
     seconds = {
         name: value for name, one in table_of(found.get("seconds")).items() if (value := finite(one)) is not None
     }
-    drawing = drawing_words(found.get("drawing"))
+    drawing = drawing_words(found.get("drawing"), found.get("precision"))
     total = sum(value for name, value in seconds.items() if name != "per_picture")
     sentences = [
         f"<b>{whole(found.get('samples')):,} drawn pictures</b> were compared with "
