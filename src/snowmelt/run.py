@@ -180,7 +180,7 @@ class Run:
     def drawing_precision(self, device: str, asked: str) -> Precision:
         """What pictures are drawn in on a device: as `asked`, and for "auto" in what the run was trained in.
 
-        Training measures which is faster. Pictures of bfloat16 are as near to real ones, and a few levels of 255 from
+        Training measures which is faster. Pictures of bfloat16 are as near to real ones, and hardly to be told from
         those of float32 (docs/recipe.md). Where a processor does not multiply bfloat16, and on a GPU, where all that
         was not measured, "auto" is float32.
 

@@ -88,7 +88,7 @@ class SampleOptions:
     """Pictures drawn at once; 64, or fewer of large ones, when not given."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """fp32 draws the same picture everywhere; auto is bf16 where the run was trained in it and the processor multiplies
-    it, which is faster and a few shades of 255 different, and else fp32."""
+    it, which is faster and hardly to be seen, and else fp32."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
 
