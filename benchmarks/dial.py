@@ -13,9 +13,10 @@ and four that are given, by --config, what somebody might set by hand:
                     32 pictures
 
 with the learning rate that runs of unknown length have, but for the wide one's. Then, off the clock, each draws as
-`snowmelt sample` does and is measured as `snowmelt evaluate` measures. The time is that of the whole command. A cell is
-met in a space when the time is within 5 % and the Frechet distance no more than 1.1 times that of the best preset.
-Results go on in a file, so that a cell that was run before is not run again; --redraw has its runs draw again.
+`snowmelt sample` does, in float32, and is measured as `snowmelt evaluate` measures. The time is that of the whole
+command. A cell is met in a space when the time is within 5 % and the Frechet distance no more than 1.1 times that of
+the best preset. Results go on in a file, so that a cell that was run before is not run again; --redraw has its runs
+draw again.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ def cell(data: Path, minutes: float, name: str, options: Options, *, taken: floa
         begin = time.monotonic()
         train_snowmelt(data, 60 * minutes, folder, options.seed, *more)
         taken = time.monotonic() - begin
-    run, asked = Run.open(folder), EvaluateOptions(folder, samples=options.samples, seed=options.seed)
+    run = Run.open(folder)
+    # All alike, whatever each preset was trained in, and on every machine.
+    asked = EvaluateOptions(folder, samples=options.samples, seed=options.seed, precision="fp32")
     status = run.status()
     drawn = draw(order_of(run, asked), 0)
     save_png(folder.with_name(f"{folder.name}.png"), sheet_of_pixels(torch.from_numpy(drawn.pixels[:64]), 8))

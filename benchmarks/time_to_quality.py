@@ -10,8 +10,8 @@ rivals for `--minutes` with the settings of their own scripts on a small network
                over log-SNR -8, -6 ... 6; no system is told the class, since only Snowmelt learns classes
     distances  Frechet, of `--samples` pictures, to those that `snowmelt evaluate` would take (held-out ones, or all
                where fewer than 500 are), in the offline spaces; none with --samples 0. Snowmelt draws as `snowmelt
-               sample` does, pictures of its classes, as often as the folder has them. A rival draws in whichever of
-               several ways is nearest to real pictures with it (by 64 pictures, in the random space)
+               sample --precision fp32` does, pictures of its classes, as often as the folder has them. A rival draws in
+               whichever of several ways is nearest to real pictures with it (by 64 pictures, in the random space)
 
 A rival's clock begins with its first update, Snowmelt's with the command. What is chosen for the rivals, beyond their
 scripts: `diffusers` trains a U-Net of 3.8 million parameters in fp32 or, as `diffusers bf16`, under autocast, and its

@@ -23,6 +23,7 @@ from snowmelt.diffusion.samplers import SAMPLERS
 from snowmelt.diffusion.schedules import SCHEDULES
 from snowmelt.diffusion.search import Costs, Trajectories
 from snowmelt.diffusion.walk import Step
+from snowmelt.errors import UserError
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluating.quality import order_of
 from snowmelt.evaluation.drawing import keep_tuned, noise_of, suited, usual
@@ -276,6 +277,22 @@ def asked(drawing: dict) -> int:
     return len(drawing["levels"]) - drawing.get("mean_first", False)
 
 
+def test_it_judges_what_sample_would_draw(digits, monkeypatch):
+    """In the precision of that, or in the one that is asked for."""
+    asked: list[str] = []
+
+    def opened(_run: Run, precision: Precision, *_more: object) -> None:
+        asked.append(precision.name)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(Run, "load_model", opened)
+    monkeypatch.setattr(Run, "drawing_precision", lambda _run, _device, name: Precision(torch.device("cpu"), name))
+    for name in ("fp32", "bf16"):
+        with pytest.raises(UserError, match="enough"):
+            tune(TuneOptions(digits, precision=name))
+    assert asked == ["fp32", "bf16"]
+
+
 def test_real_pictures_decide(digits, monkeypatch):
     """Those of small distance come to the final, whose smallest wins, whatever is nearest to many steps; each candidate
     draws the same pictures."""
@@ -322,7 +339,8 @@ def test_more_steps_begin_also_where_fewer_ended(digits, monkeypatch):
     monkeypatch.setattr(judge.Judge, "final", final)
     file = tune(TuneOptions(digits, counts=(6, 4), samplers=("ddim",), pictures=8))
     kept = json.loads(file.read_text())["steps"]["4"]
-    found = next(one for one in seen if one.levels == tuple(kept["levels"]) and one.sampler == kept["sampler"])
+    found = Drawing(**{**kept, "levels": tuple(kept["levels"])})
+    assert found in seen
     assert judge.respaced(found, 6) in seen and judge.respaced(found, 6) in finals[6]
     file.unlink()
 

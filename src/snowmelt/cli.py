@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -33,6 +34,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
 
 COMPUTE = ("train", "sample", "tune", "edit", "explain", "evaluate", "compare")
 """Verbs for whose networks a compiler can begin before torch is imported."""
+DRAW = ("sample", "tune")
+"""Those of them whose networks compute in nothing but what pictures are drawn in."""
 
 USAGE = """Snowmelt turns a folder of images into a generator.
 
@@ -126,9 +129,23 @@ def _call(verb: str, arguments: list[str]) -> int:
     if verb in COMPUTE:
         from snowmelt.networks import kernels
 
-        kernels.begin()
+        kernels.begin(kernels.BF16 if verb in DRAW and _draws_in_bf16(options) else ())
     getattr(module, function_name or verb)(options)
     return 0
+
+
+def _draws_in_bf16(options: Any) -> bool:
+    """What `Run.drawing_precision` will say, as far as can be known without torch; a wrong guess costs a second."""
+    from snowmelt.errors import UserError
+    from snowmelt.run import Run
+
+    if options.precision != "auto":
+        return options.precision == "bf16"
+    try:
+        trained = Run.open(options.run).config.training.precision
+        return trained == "bf16" and "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except (OSError, UserError):
+        return False
 
 
 def _kind_of(verb: str, kinds: dict[str, Any], arguments: list[str]) -> tuple[Any, str, list[str]]:

@@ -31,7 +31,7 @@ PLAN = "plan.json"
 NO_TIME = (
     "An encoder of these pictures would have taken too large a part of the time, so only random features saw them."
 )
-PROCESS_OPTIONS = ("out", "processes", "device")
+PROCESS_OPTIONS = ("out", "processes", "precision", "device")
 """What may differ when a command continues a comparison."""
 
 
@@ -204,7 +204,7 @@ def _spaces(options: CompareOptions, data: Prepared, log: Log, *, timed: bool) -
 
 
 def _evaluate_options(options: CompareOptions) -> EvaluateOptions:
-    names = ("samples", "spaces", "inception", "dinov2", "seed", "processes", "device")
+    names = ("samples", "spaces", "inception", "dinov2", "seed", "processes", "precision", "device")
     return EvaluateOptions(run=Path(), **{name: getattr(options, name) for name in names})
 
 

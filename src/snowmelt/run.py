@@ -180,9 +180,9 @@ class Run:
     def drawing_precision(self, device: str, asked: str) -> Precision:
         """What pictures are drawn in on a device: as `asked`, and for "auto" in what the run was trained in.
 
-        Training measures which is faster. Pictures of bfloat16 are as near to real ones, and hardly to be told from
-        those of float32 (docs/recipe.md). Where a processor does not multiply bfloat16, and on a GPU, where all that
-        was not measured, "auto" is float32.
+        Training by itself measures which is faster. Pictures of bfloat16 are a hundredth farther from real ones, within
+        the chance of thousands, and hardly to be told from those of float32 (docs/recipe.md). Where a processor does
+        not multiply bfloat16, and on a GPU, where all that was not measured, "auto" is float32.
 
         Raises:
             UserError: an unknown name, no such device here.

@@ -54,6 +54,8 @@ class CompareOptions:
     """Decides weights, the order of the pictures, noise and what is held out."""
     processes: int = 0
     """That draw side by side; 0: as many as are worth starting, or one on a GPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What pictures are drawn in; auto is for each model as `snowmelt sample` draws with it."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
 

@@ -70,7 +70,7 @@ class InterpolateOptions(EditOptions):
     """Draw what lies between two pictures."""
 
     first: tyro.conf.Positional[str]
-    """A photo, or a number: picture 0 of that seed, as ddim draws it."""
+    """A photo, or a number: picture 0 of that seed, as ddim draws it with --precision fp32."""
     second: tyro.conf.Positional[str]
     """Likewise."""
     count: int = 9

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from snowmelt.networks.kernels import COUNT, NUMBER, POINTER, SWITCH, library
+from snowmelt.networks.kernels import BF16, COUNT, NUMBER, POINTER, SWITCH, library
 
-FLAGS = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
+FLAGS = {torch.float32: (), torch.bfloat16: BF16}
 """By the type of the maps: what the compiler is told."""
 
 FUNCTIONS = (

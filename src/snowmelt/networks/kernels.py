@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 from threading import RLock
 
 COMPILE = ("cc", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-c")
+BF16 = ("-DBF16",)
+"""What the compiler is told for maps of bfloat16."""
 SECONDS = 20.0
 """That compiling may take."""
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
