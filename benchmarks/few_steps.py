@@ -21,7 +21,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from snowmelt.device import Precision
 from snowmelt.errors import UserError
 from snowmelt.evaluating.draw import Order, draw
 from snowmelt.evaluating.options import EvaluateOptions
@@ -113,15 +112,15 @@ def main(options: Options) -> None:
     run, log = Run.open(options.run), Log(console(), options.run / "log.txt")
     data = run.open_pictures()
     spaces = spaces_of(data, EvaluateOptions(options.run, spaces=options.spaces), log)
-    orders = {way: order_for(run, options, way) for way in options.ways}
-    precision = next(iter(orders.values())).precision
-    model, state = run.load_model(Precision(torch.device("cpu"), precision))
+    precision = run.drawing_precision("cpu", options.precision)
+    model, state = run.load_model(precision)
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step.")
+    orders = {way: order_for(run, options, way) for way in options.ways}
     table = Table(
         "way", "evaluations", "s/picture", "to the first",
         *(f"{name} ({space.name})" for space in spaces for name in NAMES),
-        title=f"{run.path}: {options.samples:,} pictures, {precision}",
+        title=f"{run.path}: {options.samples:,} pictures, {precision.name}",
     )  # fmt: skip
     found: dict[str, dict[str, object]] = {}
     first = 0.0

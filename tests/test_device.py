@@ -25,6 +25,7 @@ from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch
 from snowmelt.device import LEAST_COMPILED, Precision, changes_for, faster_precision, improved
 from snowmelt.models import build_learner, build_model
+from snowmelt.networks import kernels
 from snowmelt.recording import Replayed, forget_tried, speed_up
 from snowmelt.run import Run
 from snowmelt.seeds import generator
@@ -75,7 +76,7 @@ def test_a_run_draws_with_as_many_threads_as_it_trained_with(tmp_path, monkeypat
 )
 def test_a_run_draws_in_what_it_was_trained_in(tmp_path, monkeypatch, asked, trained, there, name):
     """Where the processor has it; and in what was asked for everywhere."""
-    monkeypatch.setattr(device, "multiplies_bf16", lambda: there)
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: there)
     network = UNetConfig(channels=(32, 64), attention=(False, True))
     training = TrainingConfig(steps=1, precision=trained)
     run = Run.create(tmp_path / "run", Config(DataConfig(8, 1), network=network, training=training))
@@ -85,11 +86,11 @@ def test_a_run_draws_in_what_it_was_trained_in(tmp_path, monkeypatch, asked, tra
 
 
 def test_whether_a_processor_multiplies_bf16_is_what_linux_says():
-    """Where there is no such list, torch may say what it likes."""
+    """And what torch says."""
     told = Path("/proc/cpuinfo")
     if not told.exists() or platform.machine() != "x86_64":
         pytest.skip("no list of what the processor can do")
-    assert device.multiplies_bf16() == ("avx512_bf16" in told.read_text())
+    assert kernels.multiplies_bf16() == ("avx512_bf16" in told.read_text()) == torch.cpu._is_avx512_bf16_supported()
 
 
 def test_torch_takes_as_many_threads_as_it_is_told():

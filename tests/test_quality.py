@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from snowmelt import device
 from snowmelt.cli import run as cli
 from snowmelt.data.pixels import to_images
 from snowmelt.diffusion.walk import Step
@@ -20,6 +19,7 @@ from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.evaluation.features import random_space
 from snowmelt.models.base import Drawing
 from snowmelt.models.vae import VAEModel
+from snowmelt.networks import kernels
 from snowmelt.run import Run, lock
 from snowmelt.terminal import Log, console
 
@@ -92,7 +92,7 @@ def test_figures_say_what_they_are_and_repeat(run, capsys):
 
 def test_pictures_are_measured_as_the_run_would_draw_them(run, monkeypatch):
     """What is asked for comes first, then what it was trained in, where the processor has that."""
-    monkeypatch.setattr(device, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
     options = EvaluateOptions(run.path, samples=4)
     assert quality.order_of(run, options).precision == "fp32"
     assert quality.order_of(run, dataclasses.replace(options, precision="bf16")).precision == "bf16"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from snowmelt import checkpoint, device
+from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.device import Precision
 from snowmelt.evaluation import drawing
@@ -71,7 +71,7 @@ def test_a_picture_in_bf16_is_nearly_that_in_fp32(digits, tmp_path, monkeypatch,
     (run / "config.toml").write_text(config.replace('precision = "fp32"', 'precision = "bf16"'))
 
     def drawn(name: str, there: bool, **more: str) -> tuple[np.ndarray, dict]:
-        monkeypatch.setattr(device, "multiplies_bf16", lambda: there)
+        monkeypatch.setattr(kernels, "multiplies_bf16", lambda: there)
         sample(SampleOptions(run, out=tmp_path / name, count=1, steps=8, **more))
         return pixels(tmp_path / name / "seed0-00000.png"), json.loads(
             (tmp_path / name / "seed0-00000.json").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -135,16 +134,13 @@ def _call(verb: str, arguments: list[str]) -> int:
 
 
 def _draws_in_bf16(options: Any) -> bool:
-    """What `Run.drawing_precision` will say, as far as can be known without torch; a wrong guess costs a second."""
+    """Whether this run draws in bfloat16 on a processor; what is wrong with it, its verb says."""
     from snowmelt.errors import UserError
     from snowmelt.run import Run
 
-    if options.precision != "auto":
-        return options.precision == "bf16"
     try:
-        trained = Run.open(options.run).config.training.precision
-        return trained == "bf16" and "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except (OSError, UserError):
+        return Run.open(options.run).drawn_in(options.precision) == "bf16"
+    except UserError:
         return False
 
 

@@ -139,12 +139,6 @@ def convolution_ratio(device: torch.device) -> float:
     return best["fp32"] / best["bf16"]
 
 
-def multiplies_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 itself, which torch tells of those of the kind of x86; else False."""
-    told: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return told is not None and told()
-
-
 class Speed(NamedTuple):
     """What was measured of a step."""
 

@@ -1,5 +1,5 @@
-"""Drawing many pictures to be measured: spread over processes, each picture the same however many there
-are, but for rounding.
+"""Drawing many pictures to be measured: spread over processes, each picture the same, but for rounding, however many
+there are.
 
 A worker is `python -m snowmelt.evaluating.draw`, started afresh and spoken to over its pipes. In: one JSON line, what
 to draw, and when everybody is ready an empty line. Out: a line when it is ready, then the raw pixels of each batch.

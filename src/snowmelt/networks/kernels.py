@@ -85,6 +85,14 @@ def _build(name: str, flags: tuple[str, ...]) -> _Build | None:
         return None
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself, as Linux tells of those of the kind of x86; else False."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 _one_at_a_time = RLock()
 
 
