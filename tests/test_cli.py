@@ -164,3 +164,13 @@ def test_the_environment_is_only_set_by_the_command_line():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     ).stdout
     assert out.strip() == "False"
+
+
+def test_what_is_compiled_first_is_known_without_torch():
+    """Which would take a second to import, while the compiler waits for what it is told."""
+    code = (
+        "import sys; from pathlib import Path; from snowmelt import cli; from snowmelt.sample import SampleOptions\n"
+        "print(cli._draws_in_bf16(SampleOptions(Path('nowhere'))), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -134,14 +134,16 @@ def _call(verb: str, arguments: list[str]) -> int:
 
 
 def _draws_in_bf16(options: Any) -> bool:
-    """Whether this run draws in bfloat16 on a processor; what is wrong with it, its verb says."""
+    """Whether this run draws in bfloat16 on a processor, seen without torch; what is wrong with it, its verb says."""
+    from snowmelt.config import read_config
     from snowmelt.errors import UserError
-    from snowmelt.run import Run
+    from snowmelt.networks.kernels import drawn_in
 
     try:
-        return Run.open(options.run).drawn_in(options.precision) == "bf16"
+        trained = read_config(options.run / "config.toml").training.precision
     except UserError:
         return False
+    return drawn_in(options.precision, trained) == "bf16"
 
 
 def _kind_of(verb: str, kinds: dict[str, Any], arguments: list[str]) -> tuple[Any, str, list[str]]:

@@ -178,21 +178,8 @@ class Run:
         checkpoint.load_into(model, weights, path)
         return model, path
 
-    def drawn_in(self, asked: str, device: str = "cpu") -> str:
-        """The number format that pictures are drawn in on a kind of device: as `asked`, and for "auto" as the run was
-        trained. Needs no torch.
-
-        Training by itself measures which is faster. Pictures of bfloat16 are a hundredth farther from real ones, within
-        the chance of thousands, and hardly to be told from those of float32 (docs/recipe.md). Where a processor does
-        not multiply bfloat16, and on a GPU, where all that was not measured, "auto" is float32.
-        """
-        if asked != "auto":
-            return asked
-        there = device == "cpu" and kernels.multiplies_bf16()
-        return "bf16" if there and self.config.training.precision == "bf16" else "fp32"
-
     def drawing_precision(self, device: str, asked: str) -> Precision:
-        """What pictures are drawn in on a device: see `drawn_in`.
+        """What pictures are drawn in on a device: see `kernels.drawn_in`.
 
         Raises:
             UserError: an unknown name, no such device here.
@@ -200,7 +187,7 @@ class Run:
         from snowmelt.device import make_precision, pick_device
 
         found = pick_device(device)
-        return make_precision(found, self.drawn_in(asked, found.type))
+        return make_precision(found, kernels.drawn_in(asked, self.config.training.precision, found.type))
 
     def load_learner(self, precision: Precision, state: str = "newest") -> Learner:
         """A learner of the model that `load_model` gives, with what else was kept of its training, to measure with.
