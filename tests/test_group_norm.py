@@ -56,8 +56,10 @@ def test_it_is_torchs_norm_and_its_gradient(compiler, dtype, silu, told, shape):
     bound = TYPES[dtype]
     assert away(answer, exact) < bound
     assert away(x.grad, given[0].grad) < bound
-    # Sums over many places: float32 whatever the maps are.
-    assert away(norm.weight.grad, given[1].grad) < 1e-5 and away(norm.bias.grad, given[2].grad) < 1e-5
+    # Sums over many places: float32 whatever the maps are. Where those are of 16 bits SiLU is computed to 7e-5, of
+    # numbers of both signs that are several times as large together as their sum.
+    sums = 5e-4 if silu and dtype != torch.float32 else 1e-5
+    assert away(norm.weight.grad, given[1].grad) < sums and away(norm.bias.grad, given[2].grad) < sums
     if entered is not None and asked is not None:
         assert away(entered.grad, asked.grad) < bound
 

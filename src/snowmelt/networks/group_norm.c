@@ -5,9 +5,8 @@
    x is (batch, places, channels); mean and variance are those of a group of channels over all places of one picture.
    gamma and beta are weights of a channel, but where a block is told its level, by a scale and a shift of each channel,
    (batch, 2, channels): then they are gamma (1 + scale) and beta (1 + scale) + shift. A picture is walked through
-   twice, in the order in which it lies in memory; torch's own kernels walk through NHWC maps many times over. Sums are
-   float32 over the places of a channel, of differences from a typical value of it, and double over the channels of a
-   group.
+   twice, a few places at a time; torch's own kernels walk through NHWC maps many times over. Sums are float32 over the
+   places of a channel, of differences from a typical value of it, and double over the channels of a group.
 
    `group_norm.py` compiles this once for float32, and once for bfloat16 (-DBF16), of which it sees the 16 bits. */
 
@@ -16,13 +15,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef __AVX512F__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
+#define WIDE
 enum { LANES = 16 };
 #else
 enum { LANES = 8 };
 #endif
 enum { TYPICAL = 7 }; /* Not 8, which would lie in one column of most maps. */
+enum { SOME = 32 };   /* Places that go by at once. */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -31,20 +32,46 @@ typedef int32_t whole_vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits_vector __attribute__((vector_size(4 * LANES)));
 
 /* `count` numbers, at most LANES of them, and zeros. */
+INLINE vector load(const float *from, int count) {
+    vector value = {0};
+#ifdef WIDE
+    if (count < LANES) return _mm512_maskz_loadu_ps((1 << count) - 1, from);
+#endif
+    memcpy(&value, from, 4 * count);
+    return value;
+}
+
+INLINE void store(float *to, vector value, int count) {
+#ifdef WIDE
+    if (count < LANES) {
+        _mm512_mask_storeu_ps(to, (1 << count) - 1, value);
+        return;
+    }
+#endif
+    memcpy(to, &value, 4 * count);
+}
+
+/* The same of a map. */
 #ifdef BF16
 typedef uint16_t number;
 typedef uint16_t half_vector __attribute__((vector_size(2 * LANES)));
 
 INLINE vector read(const number *from, int count) {
+#ifdef WIDE
+    const __m256i raw = count < LANES ? _mm256_maskz_loadu_epi16((1 << count) - 1, from)
+                                      : _mm256_loadu_si256((const __m256i *)from);
+    return (vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#else
     half_vector raw = {0};
     memcpy(&raw, from, 2 * count);
     return (vector)(__builtin_convertvector(raw, bits_vector) << 16);
+#endif
 }
 
 /* The nearest, of two as near the even one. A NaN stays one: its first bits are kept, and a quiet one's are not 0. A
    processor that does it by itself makes 0 of the smallest, below 1e-38. */
 INLINE void write(number *to, vector value, int count) {
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(WIDE) && defined(__AVX512BF16__)
     const __m256i out = (__m256i)_mm512_cvtneps_pbh(value);
 #else
     bits_vector bits = (bits_vector)value;
@@ -52,32 +79,25 @@ INLINE void write(number *to, vector value, int count) {
     bits_vector wrong = (bits_vector)((bits & 0x7fffffff) > 0x7f800000);
     half_vector out = __builtin_convertvector((rounded & ~wrong) | (0x7fc0 & wrong), half_vector);
 #endif
+#ifdef WIDE
+    if (count < LANES) {
+        _mm256_mask_storeu_epi16(to, (1 << count) - 1, (__m256i)out);
+        return;
+    }
+#endif
     memcpy(to, &out, 2 * count);
 }
 #else
 typedef float number;
 
-INLINE vector read(const number *from, int count) {
-    vector value = {0};
-    memcpy(&value, from, 4 * count);
-    return value;
-}
-
-INLINE void write(number *to, vector value, int count) { memcpy(to, &value, 4 * count); }
+INLINE vector read(const number *from, int count) { return load(from, count); }
+INLINE void write(number *to, vector value, int count) { store(to, value, count); }
 #endif
-
-INLINE vector load(const float *from, int count) {
-    vector value = {0};
-    memcpy(&value, from, 4 * count);
-    return value;
-}
-
-INLINE void store(float *to, vector value, int count) { memcpy(to, &value, 4 * count); }
 
 /* Between -most and most; what is no number stays so. */
 INLINE vector bounded(vector value, float most) {
     const vector high = (vector){0} + most;
-#ifdef __AVX512F__
+#ifdef WIDE
     return _mm512_max_ps(-high, _mm512_min_ps(high, value));
 #else
     const whole_vector over = value > high, low = (whole_vector)-high;
@@ -87,101 +107,190 @@ INLINE vector bounded(vector value, float most) {
 #endif
 }
 
-/* 1 / (1 + exp(-h)) to some 2e-7: exp as 2^whole times a polynomial. */
+/* value 2^whole, of a whole number from -126 to 126. */
+INLINE vector scaled_by(vector value, vector whole) {
+#ifdef WIDE
+    return _mm512_scalef_ps(value, whole);
+#else
+    return value * (vector)((__builtin_convertvector(whole, whole_vector) + 127) << 23);
+#endif
+}
+
+/* 1 / value to some 1e-7, or 6e-5 where 16 bits are kept, which are 4e-3 apart. */
+INLINE vector inverse_of(vector value) {
+#ifdef WIDE
+    const vector near = _mm512_rcp14_ps(value);
+#ifdef BF16
+    return near;
+#endif
+    return near * (2 - value * near);
+#else
+    return 1 / value;
+#endif
+}
+
+/* 1 / (1 + exp(-h)) to some 2e-7, or 7e-5 where 16 bits are kept: exp as 2^whole times a polynomial. */
 INLINE vector sigmoid(vector h) {
     vector scaled = bounded(h * -1.44269504f, 126);
     /* Adding and taking away 1.5 2^23 rounds to a whole number. */
     vector whole = (scaled + 12582912.0f) - 12582912.0f;
     vector rest = (scaled - whole) * 0.693147181f;
+#ifdef BF16
+    vector power = rest * 4.16666667e-2f + 1.675e-1f; /* A little more than 1/6, for those left out: to 7e-6. */
+#else
     vector power = rest * 1.38888889e-3f + 8.33333333e-3f;
     power = power * rest + 4.16666667e-2f;
     power = power * rest + 1.66666667e-1f;
+#endif
     power = power * rest + 0.5f;
     power = power * rest + 1;
     power = power * rest + 1;
-    whole_vector exponent = (__builtin_convertvector(whole, whole_vector) + 127) << 23;
-    return 1 / (1 + power * (vector)exponent);
+    return inverse_of(1 + scaled_by(power, whole));
 }
 
-/* Calls of f(c, count) for vectors of `count` channels from c on, all channels in the end. */
-#define ALL_CHANNELS(f)                                         \
-    do {                                                        \
-        int64_t c = 0;                                          \
-        for (; c + LANES <= channels; c += LANES) f(c, LANES);  \
-        for (; LANES > 8 && c + 8 <= channels; c += 8) f(c, 8); \
-        if (c < channels) f(c, (int)(channels - c));            \
+/* Calls of f(c, vectors, count) for `vectors` vectors of `count` channels from c on, all channels in the end. */
+#define ALL_CHANNELS(f)                                                             \
+    do {                                                                            \
+        int64_t c = 0;                                                              \
+        for (; c + 4 * LANES <= channels; c += 4 * LANES) f(c, 4, LANES);           \
+        if (c + 2 * LANES <= channels) f(c, 2, LANES), c += 2 * LANES;              \
+        if (c + LANES <= channels) f(c, 1, LANES), c += LANES;                      \
+        if (c < channels) f(c, 1, (int)(channels - c));                             \
     } while (0)
+
+/* The same for `n` places from p on, all places in the end: what belongs to channels stays in registers while they go
+   by. Of maps that is not the order in which they lie in memory, so each function asks for what comes next. */
+#define ALL_PLACES(f)                                                               \
+    for (int64_t p = 0; p < places; p += SOME) {                                    \
+        const int64_t n = places - p < SOME ? places - p : SOME;                    \
+        ALL_CHANNELS(f);                                                            \
+    }
+#define EACH_PLACE for (int64_t p = 0; p < places; p++)
+#define EACH_VECTOR for (int64_t v = 0, c = 0; v < vectors; v++, c += LANES)
+
+INLINE void typical_of(const number *x, float *to, int64_t places, int64_t channels, int vectors, int count) {
+    const int64_t some = places < TYPICAL ? places : TYPICAL;
+    EACH_VECTOR {
+        vector sum = {0};
+        for (int64_t i = 0; i < some; i++)
+            sum += read(x + (2 * i + 1) * places / (2 * some) * channels + c, count) * (1.0f / some);
+        store(to + c, sum, count);
+    }
+}
 
 /* The mean of each channel over some places, spread over the map. */
 static void typical(const number *x, float *to, int64_t places, int64_t channels) {
-    const int64_t some = places < TYPICAL ? places : TYPICAL;
-    for (int64_t c = 0; c < channels; c++) to[c] = 0;
-    for (int64_t i = 0; i < some; i++) {
-        const number *at = x + (2 * i + 1) * places / (2 * some) * channels;
-#define TAKE(c, count) store(to + c, load(to + c, count) + read(at + c, count) * (1.0f / some), count)
-        ALL_CHANNELS(TAKE);
+#define TAKE(c, vectors, count) typical_of(x + c, to + c, places, channels, vectors, count)
+    ALL_CHANNELS(TAKE);
+}
+
+INLINE void sums_of(const number *x, const float *from, float *first, float *second, int64_t places, int64_t channels,
+                    int vectors, int count) {
+    vector middle[vectors], sum[vectors], squares[vectors];
+    EACH_VECTOR {
+        middle[v] = load(from + c, count);
+        sum[v] = load(first + c, count), squares[v] = load(second + c, count);
     }
+    EACH_PLACE {
+        const number *at = x + p * channels;
+        EACH_VECTOR {
+            __builtin_prefetch(at + SOME * channels + c);
+            const vector away = read(at + c, count) - middle[v];
+            sum[v] += away, squares[v] += away * away;
+        }
+    }
+    EACH_VECTOR store(first + c, sum[v], count), store(second + c, squares[v], count);
 }
 
 /* Sums over the places of x - from, and of its squares. */
 static void sums(const number *x, const float *from, float *first, float *second, int64_t places, int64_t channels) {
     for (int64_t c = 0; c < channels; c++) first[c] = second[c] = 0;
-    for (int64_t p = 0; p < places; p++, x += channels) {
-#define SUM(c, count)                                                       \
-    do {                                                                    \
-        vector away = read(x + c, count) - load(from + c, count);           \
-        store(first + c, load(first + c, count) + away, count);             \
-        store(second + c, load(second + c, count) + away * away, count);    \
-    } while (0)
-        ALL_CHANNELS(SUM);
+#define SUM(c, vectors, count) \
+    sums_of(x + p * channels + c, from + c, first + c, second + c, n, channels, vectors, count)
+    ALL_PLACES(SUM)
+}
+
+INLINE void applied(const number *x, const float *a, const float *b, number *y, int64_t places, int64_t channels,
+                    int silu, int vectors, int count) {
+    vector as[vectors], bs[vectors];
+    EACH_VECTOR as[v] = load(a + c, count), bs[v] = load(b + c, count);
+    EACH_PLACE {
+        EACH_VECTOR {
+            const vector h = read(x + p * channels + c, count) * as[v] + bs[v];
+            write(y + p * channels + c, silu ? h * sigmoid(h) : h, count);
+        }
     }
 }
 
 /* y = f(x a + b) at all places. */
 INLINE void apply(const number *x, const float *a, const float *b, number *y, int64_t places, int64_t channels,
                   int silu) {
-    for (int64_t p = 0; p < places; p++, x += channels, y += channels) {
-#define APPLY(c, count)                                                             \
-    do {                                                                            \
-        vector h = read(x + c, count) * load(a + c, count) + load(b + c, count);    \
-        write(y + c, silu ? h * sigmoid(h) : h, count);                             \
-    } while (0)
-        ALL_CHANNELS(APPLY);
+#define APPLY(c, vectors, count) \
+    applied(x + p * channels + c, a + c, b + c, y + p * channels + c, n, channels, silu, vectors, count)
+    ALL_PLACES(APPLY)
+}
+
+INLINE void slopes_of(const number *x, const number *dy, const float *middle, const float *a, const float *b, float *dh,
+                      float *dbeta, float *dgamma, int64_t places, int64_t channels, int silu, int vectors, int count) {
+    vector middles[vectors], as[vectors], bs[vectors], sum[vectors], products[vectors];
+    EACH_VECTOR {
+        middles[v] = load(middle + c, count), as[v] = load(a + c, count), bs[v] = load(b + c, count);
+        sum[v] = load(dbeta + c, count), products[v] = load(dgamma + c, count);
     }
+    EACH_PLACE {
+        const number *at = x + p * channels, *slope = dy + p * channels;
+        EACH_VECTOR {
+            __builtin_prefetch(at + SOME * channels + c);
+            __builtin_prefetch(slope + SOME * channels + c);
+            const vector away = read(at + c, count) - middles[v];
+            vector d = read(slope + c, count);
+            if (silu) {
+                const vector h = away * as[v] + bs[v], share = sigmoid(h);
+                d *= share * (1 + h * (1 - share));
+            }
+            store(dh + p * channels + c, d, count);
+            sum[v] += d, products[v] += d * away;
+        }
+    }
+    EACH_VECTOR store(dbeta + c, sum[v], count), store(dgamma + c, products[v], count);
 }
 
 /* The gradient by h = (x - middle) a + b at all places, and its sums: plain in dbeta, times x - middle in dgamma. */
 INLINE void slopes(const number *x, const number *dy, const float *middle, const float *a, const float *b, float *dh,
                    float *dbeta, float *dgamma, int64_t places, int64_t channels, int silu) {
     for (int64_t c = 0; c < channels; c++) dbeta[c] = dgamma[c] = 0;
-    for (int64_t p = 0; p < places; p++, x += channels, dy += channels, dh += channels) {
-#define SLOPE(c, count)                                                                 \
-    do {                                                                                \
-        vector away = read(x + c, count) - load(middle + c, count), d = read(dy + c, count); \
-        if (silu) {                                                                     \
-            vector h = away * load(a + c, count) + load(b + c, count), share = sigmoid(h); \
-            d *= share * (1 + h * (1 - share));                                         \
-        }                                                                               \
-        store(dh + c, d, count);                                                        \
-        store(dbeta + c, load(dbeta + c, count) + d, count);                            \
-        store(dgamma + c, load(dgamma + c, count) + d * away, count);                   \
-    } while (0)
-        ALL_CHANNELS(SLOPE);
+#define SLOPE(c, vectors, count)                                                                              \
+    slopes_of(x + p * channels + c, dy + p * channels + c, middle + c, a + c, b + c, dh + p * channels + c, \
+              dbeta + c, dgamma + c, n, channels, silu, vectors, count)
+    ALL_PLACES(SLOPE)
+}
+
+INLINE void back_of(const number *x, const float *dh, const float *middle, const float *a, const float *first,
+                    const float *second, number *dx, int64_t places, int64_t channels, int vectors, int count) {
+    vector middles[vectors], as[vectors], firsts[vectors], seconds[vectors];
+    EACH_VECTOR {
+        middles[v] = load(middle + c, count), as[v] = load(a + c, count);
+        firsts[v] = load(first + c, count), seconds[v] = load(second + c, count);
+    }
+    EACH_PLACE {
+        const float *slope = dh + p * channels;
+        number *to = dx + p * channels;
+        EACH_VECTOR {
+            __builtin_prefetch(slope + SOME * channels + c);
+            __builtin_prefetch(to + SOME * channels + c, 1);
+            const vector away = read(x + p * channels + c, count) - middles[v];
+            write(to + c, load(slope + c, count) * as[v] + away * seconds[v] + firsts[v], count);
+        }
     }
 }
 
 /* dx = dh a + (x - middle) second + first at all places. */
 static void back(const number *x, const float *dh, const float *middle, const float *a, const float *first,
                  const float *second, number *dx, int64_t places, int64_t channels) {
-    for (int64_t p = 0; p < places; p++, x += channels, dx += channels, dh += channels) {
-#define BACK(c, count)                                                                  \
-    do {                                                                                \
-        vector away = read(x + c, count) - load(middle + c, count);                     \
-        vector changed = load(dh + c, count) * load(a + c, count) + away * load(second + c, count); \
-        write(dx + c, changed + load(first + c, count), count);                         \
-    } while (0)
-        ALL_CHANNELS(BACK);
-    }
+#define BACK(c, vectors, count)                                                                    \
+    back_of(x + p * channels + c, dh + p * channels + c, middle + c, a + c, first + c, second + c, \
+            dx + p * channels + c, n, channels, vectors, count)
+    ALL_PLACES(BACK)
 }
 
 /* gamma and beta of one picture, which may be told something or not. */

@@ -92,17 +92,17 @@ static map map_of(int64_t batch, int64_t height, int64_t width) {
 
 static int64_t far(map m, int tap) { return (tap / 3 - 1) * m.line + tap % 3 - 1; }
 
-/* Where the channels of `count` places from `first` on lie in x, or the zeros, also after the last. */
+/* Where the channels of `count` places from `first` on lie in x, or the zeros, also after the last: row by row. */
 static void find(const number *x, map m, int64_t channels, int64_t first, int64_t count, const number *zeros,
                  const number **to) {
     int64_t column = first % m.line, row = first / m.line % (m.height + 1), picture = first / m.line / (m.height + 1);
-    for (int64_t i = 0; i < count; i++) {
-        const int inside = column && row && picture < m.batch;
-        to[i] = inside ? x + ((picture * m.height + row - 1) * m.width + column - 1) * channels : zeros;
-        if (++column == m.line) {
-            column = 0;
-            if (++row > m.height) row = 0, picture++;
-        }
+    for (int64_t i = 0; i < count; column = 0) {
+        const int64_t left = m.line - column, end = left < count - i ? i + left : count;
+        const int inside = row && picture < m.batch;
+        if (inside && !column) to[i++] = zeros, column = 1;
+        const number *at = inside ? x + ((picture * m.height + row - 1) * m.width + column - 1) * channels : zeros;
+        for (; i < end; i++, at += inside ? channels : 0) to[i] = at;
+        if (++row > m.height) row = 0, picture++;
     }
 }
 
@@ -158,21 +158,31 @@ INLINE void sums_of(const number *x, int64_t plane, int64_t blocks, const int64_
     _tile_stored(3, to + SIDE * PAIR + SIDE, 128);
 }
 
+/* 16 sums, plus the bias and what is added, which may be NULL. */
+INLINE __m512 answer(const float *sums, __m512 shift, const number *added) {
+    __m512 sum = _mm512_load_ps(sums) + shift;
+    if (added) sum += widened(bits(added));
+    return sum;
+}
+
 /* Answers of `count` places, at most PAIR, and of one or two panels from `column` on: their sums, plus the bias and
    what is added, either of which may be NULL. */
 INLINE void answers_of(const float *sums, const float *bias, const number *added, number *y, map m, int64_t out,
                        int64_t column, int panels, int64_t first, int64_t count) {
     const number *at[PAIR], *const outside = NULL;
+    const __m512 shift = bias ? _mm512_loadu_ps(bias + column) : _mm512_setzero_ps();
+    const __m512 next = bias && panels == 2 ? _mm512_loadu_ps(bias + column + SIDE) : _mm512_setzero_ps();
     find(y, m, out, first, count, outside, at);
-    for (int64_t c = column; c < column + panels * SIDE; c += SIDE, sums += SIDE) {
-        const __m512 shift = bias ? _mm512_loadu_ps(bias + c) : _mm512_setzero_ps();
-        for (int64_t i = 0; i < count; i++) {
-            if (at[i] == outside) continue;
-            const int64_t here = at[i] - y + c;
-            __m512 sum = _mm512_load_ps(sums + i * PAIR) + shift;
-            if (added) sum += widened(bits(added + here));
-            _mm256_storeu_si256((__m256i *)(y + here), rounded(sum));
+    for (int64_t i = 0; i < count; i++, sums += PAIR) {
+        if (at[i] == outside) continue;
+        const int64_t here = at[i] - y + column;
+        const __m512 one = answer(sums, shift, added ? added + here : NULL);
+        if (panels == 1) {
+            _mm256_storeu_si256((__m256i *)(y + here), rounded(one));
+            continue;
         }
+        const __m512 two = answer(sums + SIDE, next, added ? added + here + SIDE : NULL);
+        _mm512_storeu_si512(y + here, (__m512i)_mm512_cvtne2ps_pbh(two, one));
     }
 }
 
