@@ -14,6 +14,7 @@ LAYERS = (
         "shapes",
         "seeds",
         "files",
+        "late",
         "terminal",
         "tables",
         "config",

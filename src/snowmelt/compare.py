@@ -16,6 +16,7 @@ from snowmelt.config import DataConfig
 from snowmelt.errors import UserError, choose
 from snowmelt.evaluating.options import EvaluateOptions
 from snowmelt.files import holds_else, make_folder, write_atomic
+from snowmelt.late import import_torch
 from snowmelt.presets import check_size, facts_of, preset
 from snowmelt.terminal import Log, console
 
@@ -44,6 +45,7 @@ def compare(options: CompareOptions) -> Path:
     """
     check(options)
     # Late, so that the command line stays instant.
+    import_torch()
     from snowmelt.comparing.duel import Ledger
     from snowmelt.run import Run, is_run, lock
     from snowmelt.training.signals import stopping

@@ -21,6 +21,7 @@ from snowmelt.edits.options import (
 )
 from snowmelt.errors import UserError
 from snowmelt.files import make_folder
+from snowmelt.late import import_torch
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def edit(options: EditOptions) -> list[Path]:
     kind = next(name for name, one in EDITS.items() if one is type(options))
     _check(options)
     # Late, so that the command line stays instant.
+    import_torch()
     import torch
 
     from snowmelt.device import make_precision, pick_device

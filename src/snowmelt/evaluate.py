@@ -7,6 +7,7 @@ from pathlib import Path
 
 from snowmelt.evaluating.options import EvaluateOptions, check
 from snowmelt.files import write_atomic
+from snowmelt.late import import_torch
 from snowmelt.terminal import Log, console
 
 __all__ = ["EvaluateOptions", "evaluate"]
@@ -20,6 +21,7 @@ def evaluate(options: EvaluateOptions) -> list[Path]:
     """
     check(options)
     # Late, so that the command line stays instant.
+    import_torch()
     from rich.console import Console
 
     from snowmelt.evaluating.bits import bits_table, check_bits, measure_bits

@@ -11,6 +11,7 @@ import tyro
 
 from snowmelt.data.publish import contents, publish
 from snowmelt.errors import UserError, choose
+from snowmelt.late import import_torch
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def explain(options: ExplainOptions) -> Path:
     out = options.out or Path("explain") / (options.photo.stem or "photo")
     _check(options, out)
     # Late, so that the command line stays instant.
+    import_torch()
     from snowmelt.data.photo import images_of, read_photo
     from snowmelt.explaining.forward import forward_part
     from snowmelt.explaining.page import Part, Subject, whole

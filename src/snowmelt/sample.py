@@ -15,6 +15,7 @@ import tyro
 from snowmelt import __version__
 from snowmelt.errors import UserError, option_of
 from snowmelt.files import make_folder, write_together
+from snowmelt.late import import_torch
 from snowmelt.terminal import console
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def sample(options: SampleOptions) -> list[Path]:
         UserError: for every mistake in the options, before anything is written.
     """
     # Late, so that the command line stays instant.
+    import_torch()
     import torch
 
     from snowmelt.evaluation.drawing import make_ready, usual

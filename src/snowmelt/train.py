@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from snowmelt.config import Config, DataConfig
 from snowmelt.errors import UserError, option_of, options_given
 from snowmelt.files import holds_else, make_folder
+from snowmelt.late import import_torch
 from snowmelt.presets import check_length, check_seconds, check_size, facts_of
 from snowmelt.tables import to_tables
 from snowmelt.terminal import Log, console, words_of
@@ -72,6 +73,7 @@ def train(options: TrainOptions) -> Run:
         return run
     overrides = _refuse_early(options) if run is None else {}
     # From here on torch is needed; most mistakes have been refused without waiting for it.
+    import_torch()
     from snowmelt.run import lock
     from snowmelt.training.session import Here, train_run
 

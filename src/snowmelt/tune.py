@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 
 from snowmelt.errors import UserError, choose
+from snowmelt.late import import_torch
 from snowmelt.terminal import console
 
 FEWEST, MOST = 3, 30
@@ -50,6 +51,7 @@ def tune(options: TuneOptions) -> Path:
         UserError: for every mistake in the options, or training pictures that are gone, before anything is computed.
     """
     # Late, so that the command line stays instant.
+    import_torch()
     from rich.progress import Progress
     from rich.table import Table
 
