@@ -45,12 +45,13 @@ def is_gcc() -> bool:
 @pytest.mark.skipif(not is_gcc(), reason="there is no GCC here")
 def test_where_there_is_a_compiler_everything_compiles():
     """Otherwise a mistake in a C file would only make all slower, and skip its tests."""
-    assert convolution.compiled(torch.float32) and all(map(group_norm.compiled, group_norm.FLAGS))
+    assert convolution.gradients(torch.float32) and all(map(group_norm.gradients, group_norm.FLAGS))
     known = subprocess.run(
         ["cc", "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
     ).stdout
-    made = kernels.library("convolution", convolution.FUNCTIONS, group_norm.FLAGS[torch.bfloat16])
-    assert (made is not None) == ("__AVX512BF16__" in known)
+    for functions, kind in ((convolution.FOR_ANSWERS, ()), (convolution.FOR_GRADIENTS, kernels.GRADIENTS)):
+        made = kernels.library("convolution", functions, (*group_norm.FLAGS[torch.bfloat16], *kind))
+        assert (made is not None) == ("__AVX512BF16__" in known)
 
 
 def test_without_a_compiler_all_is_the_same(fresh, monkeypatch):
@@ -104,11 +105,11 @@ print(len(os.listdir(sys.argv[1])), time.monotonic() - start < 5)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled on Linux only")
 def test_begin_does_not_wait_and_leaves_nothing_behind(tmp_path):
-    """A process that ends before its compiler: it is not waited for, and its two temporary folders are gone."""
+    """A process that ends before its compilers: it is not waited for, and their four temporary folders are gone."""
     command = [sys.executable, "-c", BEGIN, str(tmp_path)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=50)
-    assert ended.stdout.split() == ["2", "True"] and ended.stderr == ""
+    assert ended.stdout.split() == ["4", "True"] and ended.stderr == ""
     assert list(Path(tmp_path).iterdir()) == []
 
 

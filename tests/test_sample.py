@@ -84,13 +84,15 @@ def test_a_picture_in_bf16_is_nearly_that_in_fp32(digits, tmp_path, monkeypatch,
     assert 0 < abs(auto - exact).max() <= 8 and abs(auto - exact).mean() < 1
     elsewhere, there = drawn("elsewhere", False)
     assert there["precision"] == "fp32" and np.array_equal(elsewhere, exact)
-    begun: list[tuple[str, ...]] = []
-    monkeypatch.setattr(kernels, "begin", lambda flags=(): begun.append(flags))
+    begun: list[tuple[tuple[str, ...], bool]] = []
+    monkeypatch.setattr(kernels, "begin", lambda flags, gradients: begun.append((flags, gradients)))
     for words in (note["command"], plain["command"], f"snowmelt sample {digits} --count 1 --steps 8"):
         assert cli([*shlex.split(words)[1:], "--out", str(tmp_path / "again")]) == 0
         same = pixels(tmp_path / "again" / "seed0-00000.png")
         assert np.array_equal(same, auto if words is note["command"] else exact)
-    assert begun == [kernels.BF16, (), ()], "what is going to be needed is compiled while torch is imported"
+    assert begun == [(kernels.BF16, False), ((), False), ((), False)], (
+        "what is going to be needed is compiled while torch is imported"
+    )
 
 
 def test_grid_and_strip(digits, tmp_path):

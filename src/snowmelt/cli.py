@@ -34,7 +34,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 COMPUTE = ("train", "sample", "tune", "edit", "explain", "evaluate", "compare")
 """Verbs for whose networks a compiler can begin before torch is imported."""
 DRAW = ("sample", "tune")
-"""Those of them whose networks compute in nothing but what pictures are drawn in."""
+"""Those of them whose networks compute answers alone, in nothing but what pictures are drawn in."""
 
 USAGE = """Snowmelt turns a folder of images into a generator.
 
@@ -128,7 +128,8 @@ def _call(verb: str, arguments: list[str]) -> int:
     if verb in COMPUTE:
         from snowmelt.networks import kernels
 
-        kernels.begin(kernels.BF16 if verb in DRAW and _draws_in_bf16(options) else ())
+        draws = verb in DRAW
+        kernels.begin(kernels.BF16 if draws and _draws_in_bf16(options) else (), gradients=not draws)
     getattr(module, function_name or verb)(options)
     return 0
 

@@ -53,21 +53,25 @@ MODELS: dict[str, Family] = {
 }
 
 
-def build_model(config: Config, precision: Precision) -> Model:
-    """The model of a configuration, its first weights drawn from the run's seed, on the device of `precision`."""
+def build_model(config: Config, precision: Precision, *, learns: bool = False) -> Model:
+    """The model of a configuration, its first weights drawn from the run's seed, on the device of `precision`.
+
+    Args:
+        learns: whether gradients are going to be needed.
+    """
     family = choose(MODELS, config.model, "model")
     with seeded(config.training.seed, "weights"):
         model = family.model(config, precision)
     model = model.to(precision.device)
     if family.kernels and precision.device.type == "cpu" and precision.layout == "channels_last":
         # All that it will need at once, and not each when it is first needed.
-        begin(FLAGS[precision.dtype])
+        begin(FLAGS[precision.dtype], gradients=learns)
     return model.to(memory_format=LAYOUTS[precision.layout])  # pyright: ignore  (torch leaves it out of its types)
 
 
 def build_learner(config: Config, precision: Precision) -> Learner:
     """A learner with a fresh model."""
-    return choose(MODELS, config.model, "model").learner(build_model(config, precision))
+    return choose(MODELS, config.model, "model").learner(build_model(config, precision, learns=True))
 
 
 def check_names(config: Config) -> None:

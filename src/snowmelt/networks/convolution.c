@@ -1,8 +1,8 @@
 /* 3 x 3 convolutions of maps whose channels lie beside each other (NHWC), padded by one, and their gradients.
 
-   `convolution.py` compiles this once for float32, and once for maps in bfloat16 (-DBF16), of which it sees the 16
-   bits. Weights and their gradients are float32 in both; numbers of channels are multiples of 16. Sums are float32, in
-   an order that does not depend on how many pictures there are.
+   `convolution.py` compiles this for float32 or for maps in bfloat16 (-DBF16), of which it sees the 16 bits. Weights
+   and their gradients are float32 in both; numbers of channels are multiples of 16. Sums are float32, in an order that
+   does not depend on how many pictures there are.
 
        int ready(void)
 
@@ -12,11 +12,11 @@
 
    makes y (batch, height, width, out) of x (batch, height, width, channels) and w (out, 3, 3, channels). `turned`: w is
    (channels, 3, 3, out) and turned by half a circle, as for the gradient by x. `bias` and `added`, which is like y, may
-   be NULL;
+   be NULL. With -DGRADIENTS, instead of these,
 
        int weight_gradient(x, dy, dw, dbias, batch, height, width, channels, out)
 
-   makes dw (out, 3, 3, channels) and dbias (out) of x and dy. Both are not 0 if there was no memory. */
+   makes dw (out, 3, 3, channels) and dbias (out) of x and dy. It and `convolve` are not 0 if there was no memory. */
 
 #include <omp.h>
 #include <pthread.h>
@@ -25,6 +25,16 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Compiled apart, so that whoever only draws need not wait for gradients; the others are dropped. */
+#define DROPPED static __attribute__((unused))
+#ifdef GRADIENTS
+#define FOR_ANSWERS DROPPED
+#define FOR_GRADIENTS
+#else
+#define FOR_ANSWERS
+#define FOR_GRADIENTS DROPPED
+#endif
 
 #ifdef BF16
 typedef uint16_t number;

@@ -20,24 +20,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from snowmelt.networks.group_norm import FLAGS, lies_channels_last
-from snowmelt.networks.kernels import COUNT, POINTER, SWITCH, library
+from snowmelt.networks.kernels import COUNT, GRADIENTS, POINTER, SWITCH, library
 
 PANEL = 16
 """What both numbers of channels must divide by."""
 SMALLEST = 3
 """Side of the maps from which on what is computed is not mostly margin."""
 
-FUNCTIONS = (
-    ("ready", ()),
-    ("convolve", (*(POINTER,) * 5, *(COUNT,) * 5, SWITCH)),
-    ("weight_gradient", (*(POINTER,) * 4, *(COUNT,) * 5)),
-)
+FOR_ANSWERS = (("ready", ()), ("convolve", (*(POINTER,) * 5, *(COUNT,) * 5, SWITCH)))
+FOR_GRADIENTS = (("weight_gradient", (*(POINTER,) * 4, *(COUNT,) * 5)),)
+"""Functions of the C file, and what each is told."""
 
 
 def compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of the C file for maps of this type; None where they cannot be compiled or used."""
-    found = library("convolution", FUNCTIONS, FLAGS[dtype]) if dtype in FLAGS else None
+    """The functions for answers from maps of this type; None where they cannot be compiled or used."""
+    found = library("convolution", FOR_ANSWERS, FLAGS[dtype]) if dtype in FLAGS else None
     return found if found and found.ready() else None
+
+
+def gradients(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Those for gradients by weights, where there are those for answers."""
+    return library("convolution", FOR_GRADIENTS, (*FLAGS[dtype], *GRADIENTS)) if compiled(dtype) else None
 
 
 def kernels_for(x: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -54,13 +57,7 @@ def kernels_for(x: Tensor, weight: Tensor) -> torch.dtype | None:
         dtype = x.dtype
     else:
         return None  # A mistake, which torch refuses.
-    return None if compiled(dtype) is None else dtype
-
-
-def _kernels(dtype: torch.dtype) -> ctypes.CDLL:
-    kernels = compiled(dtype)
-    assert kernels is not None
-    return kernels
+    return dtype if (gradients if torch.is_grad_enabled() else compiled)(dtype) else None
 
 
 class _Convolve(torch.autograd.Function):
@@ -82,7 +79,9 @@ class _Convolve(torch.autograd.Function):
         dweight, dbias = torch.empty_like(weight), torch.empty_like(weight[:, 0, 0, 0])
         batch, channels, height, width = x.shape
         pointers = map(Tensor.data_ptr, (x, slope, dweight, dbias))
-        if _kernels(x.dtype).weight_gradient(*pointers, batch, height, width, channels, len(weight)):
+        kernels = gradients(x.dtype)
+        assert kernels is not None
+        if kernels.weight_gradient(*pointers, batch, height, width, channels, len(weight)):
             raise MemoryError("no memory for the gradient of a convolution")
         return dx, dweight, dbias, dadded
 
@@ -94,7 +93,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | No
     answer = torch.empty((batch, out, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     tensors = x, weight, bias, added, answer
     pointers = (None if one is None else one.data_ptr() for one in tensors)
-    if _kernels(x.dtype).convolve(*pointers, batch, height, width, channels, out, turned):
+    kernels = compiled(x.dtype)
+    assert kernels is not None
+    if kernels.convolve(*pointers, batch, height, width, channels, out, turned):
         raise MemoryError("no memory for a convolution")
     return answer
 

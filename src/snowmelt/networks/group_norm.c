@@ -8,7 +8,8 @@
    twice, a few places at a time; torch's own kernels walk through NHWC maps many times over. Sums are float32 over the
    places of a channel, of differences from a typical value of it, and double over the channels of a group.
 
-   `group_norm.py` compiles this once for float32, and once for bfloat16 (-DBF16), of which it sees the 16 bits. */
+   `group_norm.py` compiles this for float32 or for bfloat16 (-DBF16), of which it sees the 16 bits: `forward`, or with
+   -DGRADIENTS `backward`. */
 
 #include <math.h>
 #include <stdint.h>
@@ -26,6 +27,16 @@ enum { TYPICAL = 7 }; /* Not 8, which would lie in one column of most maps. */
 enum { SOME = 32 };   /* Places that go by at once. */
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Compiled apart, so that whoever only draws need not wait for gradients; the others are dropped. */
+#define DROPPED static __attribute__((unused))
+#ifdef GRADIENTS
+#define FOR_ANSWERS DROPPED
+#define FOR_GRADIENTS
+#else
+#define FOR_ANSWERS
+#define FOR_GRADIENTS DROPPED
+#endif
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t whole_vector __attribute__((vector_size(4 * LANES)));
@@ -371,7 +382,7 @@ static void backward_one(const number *x, const float *gamma, const float *beta,
 
 /* All pictures of a batch; mean and inverse come out, (batch, groups). `told` may be NULL. Not 0 if there was no
    memory. */
-int forward(const number *x, const float *gamma, const float *beta, const float *told, number *y, float *mean,
+FOR_ANSWERS int forward(const number *x, const float *gamma, const float *beta, const float *told, number *y, float *mean,
             float *inverse, int64_t batch, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
@@ -391,7 +402,7 @@ int forward(const number *x, const float *gamma, const float *beta, const float 
 
 /* All pictures of a batch; dx, dgamma and dbeta (channels), and dtold (batch, 2, channels) if it was told something,
    come out. Not 0 if there was no memory. */
-int backward(const number *x, const float *gamma, const float *beta, const float *told, const float *mean,
+FOR_GRADIENTS int backward(const number *x, const float *gamma, const float *beta, const float *told, const float *mean,
              const float *inverse, const number *dy, number *dx, float *dgamma, float *dbeta, float *dtold,
              int64_t batch, int64_t places, int64_t channels, int64_t groups, int silu) {
     float *each = malloc(batch * 2 * channels * sizeof(float));

@@ -17,25 +17,29 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from snowmelt.networks.kernels import BF16, COUNT, NUMBER, POINTER, SWITCH, library
+from snowmelt.networks.kernels import BF16, COUNT, GRADIENTS, NUMBER, POINTER, SWITCH, library
 
 FLAGS = {torch.float32: (), torch.bfloat16: BF16}
 """By the type of the maps: what the compiler is told."""
 
-FUNCTIONS = (
-    ("forward", (*(POINTER,) * 7, *(COUNT,) * 4, NUMBER, SWITCH)),
-    ("backward", (*(POINTER,) * 11, *(COUNT,) * 4, SWITCH)),
-)
+FOR_ANSWERS = (("forward", (*(POINTER,) * 7, *(COUNT,) * 4, NUMBER, SWITCH)),)
+FOR_GRADIENTS = (("backward", (*(POINTER,) * 11, *(COUNT,) * 4, SWITCH)),)
+"""Functions of the C file, and what each is told."""
 
 
 def compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of the C file for maps of this type; None where they cannot be compiled."""
-    return library("group_norm", FUNCTIONS, FLAGS[dtype]) if dtype in FLAGS else None
+    """The function for answers from maps of this type; None where it cannot be compiled."""
+    return library("group_norm", FOR_ANSWERS, FLAGS[dtype]) if dtype in FLAGS else None
+
+
+def gradients(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The one for gradients, where there is the one for answers."""
+    return library("group_norm", FOR_GRADIENTS, (*FLAGS[dtype], *GRADIENTS)) if compiled(dtype) else None
 
 
 def kernels_for(x: Tensor) -> ctypes.CDLL | None:
     """What computes with this map, if anything but torch does."""
-    return compiled(x.dtype) if lies_channels_last(x) else None
+    return (gradients if torch.is_grad_enabled() else compiled)(x.dtype) if lies_channels_last(x) else None
 
 
 def lies_channels_last(x: Tensor) -> bool:
@@ -82,7 +86,7 @@ class _Fused(torch.autograd.Function):
         slope = slopes[0].contiguous(memory_format=torch.channels_last)
         dx, dgamma, dbeta = torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(beta)
         dtold = None if told is None else torch.empty_like(told)
-        kernels = compiled(x.dtype)
+        kernels = gradients(x.dtype)
         assert kernels is not None
         pointers = map(_pointer, (x, gamma, beta, told, mean, inverse, slope, dx, dgamma, dbeta, dtold))
         if kernels.backward(*pointers, batch, height * width, channels, ctx.groups, ctx.silu):

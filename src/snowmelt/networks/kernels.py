@@ -22,8 +22,12 @@ from threading import RLock
 COMPILE = ("cc", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-c")
 BF16 = ("-DBF16",)
 """What the compiler is told for maps of bfloat16."""
+GRADIENTS = ("-DGRADIENTS",)
+"""And for the functions of a file that compute gradients, instead of those that compute answers."""
 SECONDS = 20.0
 """That compiling may take."""
+CALM = 5
+"""Priority of a compiler, below that of those who compute."""
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
 """What is there where a GPU is, which makes it unlikely that the processor computes."""
 
@@ -50,6 +54,9 @@ class _Build:
             # Of its own, so that Ctrl-C leaves it to us and its helpers end with it.
             start_new_session=True,
         )
+        # Whoever waits for all of them has other work until then.
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self.compiler.pid, CALM)
         atexit.register(self.end)
 
     def loaded(self) -> ctypes.CDLL | None:
@@ -108,17 +115,19 @@ def drawn_in(asked: str, trained: str, device: str = "cpu") -> str:
 _one_at_a_time = RLock()
 
 
-def begin(flags: tuple[str, ...] = ()) -> None:
+def begin(flags: tuple[str, ...] = (), *, gradients: bool = True) -> None:
     """Have the kernels compiled that maps need, without waiting for them (but for another thread that does); not where
     there is a GPU.
 
     Args:
         flags: what the compiler is told for maps of another type than float32.
+        gradients: whether those for gradients are going to be needed too.
     """
     if not any(Path(gpu).exists() for gpu in GPUS):
         with _one_at_a_time:
-            for name in ("convolution", "group_norm"):
-                _build(name, flags)
+            for kind in ((), GRADIENTS) if gradients else ((),):
+                for name in ("convolution", "group_norm"):
+                    _build(name, (*flags, *kind))
 
 
 @cache

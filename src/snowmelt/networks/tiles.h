@@ -19,7 +19,7 @@ enum { SIDE = 16, DEPTH = 32, TAPS = 9, TILE = SIDE * DEPTH, PAIR = 2 * SIDE };
 enum { UNIT = 1 << 18 };
 
 /* Linux wants to be asked for tiles. */
-int ready(void) {
+FOR_ANSWERS int ready(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
     static int answer = -1;
     if (answer < 0) answer = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
@@ -186,7 +186,7 @@ INLINE void answers_of(const float *sums, const float *bias, const number *added
     }
 }
 
-int convolve(const number *x, const float *w, const float *bias, const number *added, number *y, int64_t batch,
+FOR_ANSWERS int convolve(const number *x, const float *w, const float *bias, const number *added, number *y, int64_t batch,
              int64_t height, int64_t width, int64_t channels, int64_t out, int turned) {
     const map m = map_of(batch, height, width);
     /* The places of the map, and how far from one its taps reach. */
@@ -322,7 +322,7 @@ INLINE void add_products(const number *slopes, int64_t second_slopes, const numb
 
 /* A team of threads shares its places and the sums over them. A team is one thread, which needs nothing that another
    has made, but where weights are many, so that adding the teams' sums would take long: there all are one team. */
-int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, int64_t batch, int64_t height,
+FOR_GRADIENTS int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, int64_t batch, int64_t height,
                     int64_t width, int64_t channels, int64_t out) {
     const map m = map_of(batch, height, width);
     const int64_t threads = omp_get_max_threads(), margin = m.line + 1, size = out * TAPS * channels;
