@@ -317,13 +317,16 @@ def preset(
     return Config(data, model, network, diffusion, vae=vae_for(data), gan=gan_for(data), training=training)
 
 
-def drawn_at_once(config: Config) -> int:
+def drawn_at_once(config: Config, precision: str = "fp32") -> int:
     """Pictures that a model draws at once: as many as fill 64 maps of 32 x 32 places, from 8 to 64 (docs/recipe.md).
 
     >>> [drawn_at_once(preset(DataConfig(size, 3), "diffusion")) for size in (8, 32, 64, 256, 1024)]
     [64, 64, 64, 16, 8]
+
+    In bfloat16 numbers take half as much room, and twice as many are drawn.
     """
-    return max(8, min(64, 64 * (32 * config.architecture.patch) ** 2 // config.data.size**2))
+    most = 128 if precision == "bf16" else 64
+    return max(8, min(most, most * (32 * config.architecture.patch) ** 2 // config.data.size**2))
 
 
 def check_size(config: Config) -> None:

@@ -86,7 +86,7 @@ class SampleOptions:
     strip: bool = False
     """Also write strip.png: how the pictures come out of the noise."""
     batch: int | None = None
-    """Pictures drawn at once; 64, or fewer of large ones, when not given."""
+    """Pictures drawn at once; 64 (in bf16 128), or fewer of large ones, when not given."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """fp32 draws the same picture everywhere; auto is bf16 where the run was trained in it and the processor multiplies
     it, which is faster and hardly to be seen, and else fp32."""
@@ -133,7 +133,7 @@ def sample(options: SampleOptions) -> list[Path]:
     model, checkpoint = run.load_model(precision, options.state)
     make_ready(run, checkpoint, model, drawing)
     facts = _facts(run, checkpoint, options, precision.name, {} if model.at_once else drawing.as_dict())
-    batch = options.batch or drawn_at_once(run.config)
+    batch = options.batch or drawn_at_once(run.config, precision.name)
     files: list[Path] = []
     # Of the strip no more than it shows, of the grid the pictures alone: of thousands, all moments are gigabytes.
     rows: list[list[Images]] = []

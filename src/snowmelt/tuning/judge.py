@@ -91,9 +91,9 @@ class Judge:
     def _of(self, drawing: Drawing, pictures: range) -> float:
         pixels: list[np.ndarray] = []
         # Of other noise than the trajectories.
-        config, device = self.model.config, self.model.precision.device
-        for numbers in in_parts(pictures, drawn_at_once(config)):
-            noise, labels = noise_of(config.data, self.seed + 1, numbers, device)
+        config, precision = self.model.config, self.model.precision
+        for numbers in in_parts(pictures, drawn_at_once(config, precision.name)):
+            noise, labels = noise_of(config.data, self.seed + 1, numbers, precision.device)
             *_, last = self.model.sample(noise, labels, drawing)
             pixels.append(to_pixels(last.x0).cpu().numpy())
         self.drew(len(pictures))
