@@ -83,6 +83,29 @@ def test_without_a_compiler_all_is_the_same(fresh, monkeypatch):
         assert torch.allclose(one, other, rtol=1e-3, atol=2e-5 * largest)
 
 
+PICKY = "import subprocess, sys; sys.exit('-DGRADIENTS' in sys.argv or subprocess.call(sys.argv[1:]))"
+
+
+def test_where_only_gradients_do_not_compile_networks_learn_with_torch(fresh, monkeypatch):
+    monkeypatch.setattr(kernels, "COMPILE", (sys.executable, "-c", PICKY, *kernels.COMPILE))
+    if nothing_compiled():
+        pytest.skip("there is no C compiler here")
+    layer, norm = convolution.Convolution(16, 16), group_norm.GroupNorm(4, 16, epsilon=1e-5)
+    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+
+    def ours() -> list[bool]:
+        return [convolution.kernels_for(x, layer.weight) is not None, group_norm.kernels_for(x) is not None]
+
+    with torch.no_grad():
+        assert ours() == [True, True]
+        answer = norm(layer(x))
+    assert ours() == [False, False] and not channels_last_pays(CPU)
+    # Winograd's convolution is five times as far from the exact one as torch's, 5e-7 of an answer's spread.
+    torch.testing.assert_close(norm(layer(x)), answer, rtol=0, atol=2e-5)
+    norm(layer(x)).square().sum().backward()
+    assert layer.weight.grad is not None and norm.weight.grad is not None
+
+
 @pytest.mark.parametrize("compiler", ["false", "true", "sleep"])
 def test_a_compiler_that_fails_is_silent(compiler, fresh, monkeypatch, capfd):
     """One that ends with an error, one that makes nothing, and one that does not end."""

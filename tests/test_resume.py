@@ -137,7 +137,7 @@ def test_what_differs_where_a_run_goes_on_is_said(tmp_path, finished, monkeypatc
             settings = path / "config.toml"
             settings.write_text(settings.read_text().replace('"default"', '"channels_last"'))
             monkeypatch.setattr(session, "cores", lambda: 0)
-            monkeypatch.setattr(session, "compiled", lambda _: None)
+            monkeypatch.setattr(session, "gradients", lambda _: None)
         assert cli(["train", "--resume", str(path)]) == 0
         log = (path / "log.txt").read_text()
         assert "Continuing" in log and (log.count("cores here") + log.count("cannot be compiled here")) == expected

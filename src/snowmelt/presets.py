@@ -318,7 +318,8 @@ def preset(
 
 
 def drawn_at_once(config: Config, precision: str = "fp32") -> int:
-    """Pictures that a model draws at once: as many as fill 64 maps of 32 x 32 places, from 8 to 64 (docs/recipe.md).
+    """Pictures that a model draws at once: as many as fill 64 maps of 32 x 32 places, but no more than 64 and no fewer
+    than 8 (docs/recipe.md).
 
     >>> [drawn_at_once(preset(DataConfig(size, 3), "diffusion")) for size in (8, 32, 64, 256, 1024)]
     [64, 64, 64, 16, 8]

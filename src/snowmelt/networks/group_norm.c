@@ -382,8 +382,9 @@ static void backward_one(const number *x, const float *gamma, const float *beta,
 
 /* All pictures of a batch; mean and inverse come out, (batch, groups). `told` may be NULL. Not 0 if there was no
    memory. */
-FOR_ANSWERS int forward(const number *x, const float *gamma, const float *beta, const float *told, number *y, float *mean,
-            float *inverse, int64_t batch, int64_t places, int64_t channels, int64_t groups, float epsilon, int silu) {
+FOR_ANSWERS int forward(const number *x, const float *gamma, const float *beta, const float *told, number *y,
+                        float *mean, float *inverse, int64_t batch, int64_t places, int64_t channels, int64_t groups,
+                        float epsilon, int silu) {
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
@@ -403,8 +404,8 @@ FOR_ANSWERS int forward(const number *x, const float *gamma, const float *beta, 
 /* All pictures of a batch; dx, dgamma and dbeta (channels), and dtold (batch, 2, channels) if it was told something,
    come out. Not 0 if there was no memory. */
 FOR_GRADIENTS int backward(const number *x, const float *gamma, const float *beta, const float *told, const float *mean,
-             const float *inverse, const number *dy, number *dx, float *dgamma, float *dbeta, float *dtold,
-             int64_t batch, int64_t places, int64_t channels, int64_t groups, int silu) {
+                           const float *inverse, const number *dy, number *dx, float *dgamma, float *dbeta,
+                           float *dtold, int64_t batch, int64_t places, int64_t channels, int64_t groups, int silu) {
     float *each = malloc(batch * 2 * channels * sizeof(float));
     int failed = each == NULL;
 #pragma omp parallel reduction(| : failed)

@@ -37,9 +37,10 @@ def gradients(dtype: torch.dtype) -> ctypes.CDLL | None:
     return library("group_norm", FOR_GRADIENTS, (*FLAGS[dtype], *GRADIENTS)) if compiled(dtype) else None
 
 
-def kernels_for(x: Tensor) -> ctypes.CDLL | None:
-    """What computes with this map, if anything but torch does."""
-    return (gradients if torch.is_grad_enabled() else compiled)(x.dtype) if lies_channels_last(x) else None
+def kernels_for(x: Tensor) -> torch.dtype | None:
+    """The type in which our kernels compute with this map; None where torch does it."""
+    found = lies_channels_last(x) and (gradients if torch.is_grad_enabled() else compiled)(x.dtype)
+    return x.dtype if found else None
 
 
 def lies_channels_last(x: Tensor) -> bool:
@@ -58,7 +59,7 @@ def channels_last_pays(device: torch.device) -> bool:
     """Whether maps should lie so on this device without a measurement: seen on every network and in both types, on
     processors of the kind of x86."""
     seen = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
-    return seen and compiled(torch.float32) is not None
+    return seen and gradients(torch.float32) is not None
 
 
 class _Fused(torch.autograd.Function):

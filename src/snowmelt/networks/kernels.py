@@ -24,7 +24,7 @@ BF16 = ("-DBF16",)
 """What the compiler is told for maps of bfloat16."""
 GRADIENTS = ("-DGRADIENTS",)
 """And for the functions of a file that compute gradients, instead of those that compute answers."""
-SECONDS = 20.0
+SECONDS = 40.0
 """That compiling may take."""
 CALM = 5
 """Priority of a compiler, below that of those who compute."""
@@ -52,11 +52,11 @@ class _Build:
             stderr=subprocess.DEVNULL,
             env=self.environment,
             # Of its own, so that Ctrl-C leaves it to us and its helpers end with it.
-            start_new_session=True,
+            process_group=0,
         )
         # Whoever waits for all of them has other work until then.
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.compiler.pid, CALM)
+            os.setpriority(os.PRIO_PGRP, self.compiler.pid, CALM)
         atexit.register(self.end)
 
     def loaded(self) -> ctypes.CDLL | None:

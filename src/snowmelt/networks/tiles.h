@@ -186,8 +186,8 @@ INLINE void answers_of(const float *sums, const float *bias, const number *added
     }
 }
 
-FOR_ANSWERS int convolve(const number *x, const float *w, const float *bias, const number *added, number *y, int64_t batch,
-             int64_t height, int64_t width, int64_t channels, int64_t out, int turned) {
+FOR_ANSWERS int convolve(const number *x, const float *w, const float *bias, const number *added, number *y,
+                         int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t out, int turned) {
     const map m = map_of(batch, height, width);
     /* The places of the map, and how far from one its taps reach. */
     const int64_t from = m.line + 1, end = m.places - m.line, margin = m.line + 1;
@@ -322,8 +322,8 @@ INLINE void add_products(const number *slopes, int64_t second_slopes, const numb
 
 /* A team of threads shares its places and the sums over them. A team is one thread, which needs nothing that another
    has made, but where weights are many, so that adding the teams' sums would take long: there all are one team. */
-FOR_GRADIENTS int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, int64_t batch, int64_t height,
-                    int64_t width, int64_t channels, int64_t out) {
+FOR_GRADIENTS int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, int64_t batch,
+                                  int64_t height, int64_t width, int64_t channels, int64_t out) {
     const map m = map_of(batch, height, width);
     const int64_t threads = omp_get_max_threads(), margin = m.line + 1, size = out * TAPS * channels;
     const int64_t tiles = (m.places - m.line - margin + DEPTH - 1) / DEPTH;

@@ -345,8 +345,8 @@ static int64_t tiles_at_once(int64_t tiles, int64_t numbers) {
 
 FOR_ANSWERS int ready(void) { return 1; }
 
-FOR_ANSWERS int convolve(const number *x, const float *w, const float *bias, const number *added, number *y, int64_t batch,
-             int64_t height, int64_t width, int64_t channels, int64_t out, int turned) {
+FOR_ANSWERS int convolve(const number *x, const float *w, const float *bias, const number *added, number *y,
+                         int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t out, int turned) {
     const map m = map_of(batch, height, width);
     const int64_t depth = channels / TOGETHER, most = tiles_at_once(m.tiles, depth + out);
     const int64_t in_step = step_of(most, depth), out_step = step_of(most, out), step = step_of(depth, out);
@@ -381,8 +381,8 @@ FOR_ANSWERS int convolve(const number *x, const float *w, const float *bias, con
 /* A team of threads shares its tiles and the sums over them. Where maps are large a team is one thread, which needs
    nothing that another has made; where weights are many, so that adding the teams' sums would take long, all threads
    are one team. */
-FOR_GRADIENTS int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, int64_t batch, int64_t height,
-                    int64_t width, int64_t channels, int64_t out) {
+FOR_GRADIENTS int weight_gradient(const number *x, const number *dy, float *dw, float *dbias, int64_t batch,
+                                  int64_t height, int64_t width, int64_t channels, int64_t out) {
     const map m = map_of(batch, height, width);
     const int64_t threads = omp_get_max_threads();
     const int alone = m.tiles * (channels + out) >= 2 * threads * channels * out;
