@@ -334,9 +334,13 @@ static void weights_of(const float *w, int64_t depth, int64_t columns, int turne
         }
 }
 
-/* Tiles that a thread takes at once: as many as its cache holds, and so that all threads have as much to do. */
-static int64_t tiles_at_once(int64_t tiles, int64_t numbers) {
-    int64_t threads = omp_get_max_threads(), most = BLOCK / (PLACES * numbers);
+/* Tiles that a thread takes at once: as many as its cache holds, but where that does not hold the weights, which are
+   `depth` by `out` at each place, so many that reading these again takes no longer than reading the tiles; and so that
+   all threads have as much to do. */
+static int64_t tiles_at_once(int64_t tiles, int64_t depth, int64_t out) {
+    int64_t threads = omp_get_max_threads(), most = BLOCK / (PLACES * (depth + out));
+    const int64_t even_reading = depth * out / (depth + out);
+    if (PLACES * depth * out >= CHUNK && most < even_reading) most = even_reading;
     most = most < 2 * ROWS ? 2 * ROWS : most / ROWS * ROWS;
     int64_t rounds = (tiles + threads * most - 1) / (threads * most);
     int64_t even = (tiles + threads * rounds - 1) / (threads * rounds);
@@ -348,7 +352,7 @@ FOR_ANSWERS int ready(void) { return 1; }
 FOR_ANSWERS int convolve(const number *x, const float *w, const float *bias, const number *added, number *y,
                          int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t out, int turned) {
     const map m = map_of(batch, height, width);
-    const int64_t depth = channels / TOGETHER, most = tiles_at_once(m.tiles, depth + out);
+    const int64_t depth = channels / TOGETHER, most = tiles_at_once(m.tiles, depth, out);
     const int64_t in_step = step_of(most, depth), out_step = step_of(most, out), step = step_of(depth, out);
     factor *weights = (factor *)room_for(&shared_room, &shared_size, PLACES * step);
     int failed = weights == NULL;
@@ -391,6 +395,9 @@ FOR_GRADIENTS int weight_gradient(const number *x, const number *dy, float *dw, 
     const int64_t teams = alone ? threads : 1, share = (tiles + teams - 1) / teams;
     int64_t most = (alone ? BLOCK : CHUNK) / (PLACES * (channels + out));
     most = most < 32 ? 32 : most;
+    /* Sums that no cache holds are read and written again no longer than what they are of is. */
+    const int64_t even_reading = 2 * channels * out / (channels + out) / TOGETHER;
+    if (!alone && most < even_reading) most = even_reading;
     most = most < share ? most : share;
     const int64_t in_step = step_of(most, channels), out_step = step_of(most, out), step = step_of(out, channels);
     const int64_t widest = channels > out ? channels : out, needed = PLACES * (step + in_step + out_step);
