@@ -20,27 +20,10 @@
 
 #include <omp.h>
 #include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
-/* Compiled apart, so that whoever only draws need not wait for gradients; the others are dropped. */
-#define DROPPED static __attribute__((unused))
-#ifdef GRADIENTS
-#define FOR_ANSWERS DROPPED
-#define FOR_GRADIENTS
-#else
-#define FOR_ANSWERS
-#define FOR_GRADIENTS DROPPED
-#endif
-
-#ifdef BF16
-typedef uint16_t number;
-#else
-typedef float number;
-#endif
+#include "maps.h"
 
 /* Room that a thread keeps for the next call, for as long as it lives. */
 enum { ALIGN = 64 };

@@ -12,9 +12,10 @@
    -DGRADIENTS `backward`. */
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "maps.h"
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -25,18 +26,6 @@ enum { LANES = 8 };
 #endif
 enum { TYPICAL = 7 }; /* Not 8, which would lie in one column of most maps. */
 enum { SOME = 32 };   /* Places that go by at once. */
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* Compiled apart, so that whoever only draws need not wait for gradients; the others are dropped. */
-#define DROPPED static __attribute__((unused))
-#ifdef GRADIENTS
-#define FOR_ANSWERS DROPPED
-#define FOR_GRADIENTS
-#else
-#define FOR_ANSWERS
-#define FOR_GRADIENTS DROPPED
-#endif
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t whole_vector __attribute__((vector_size(4 * LANES)));
@@ -64,7 +53,6 @@ INLINE void store(float *to, vector value, int count) {
 
 /* The same of a map. */
 #ifdef BF16
-typedef uint16_t number;
 typedef uint16_t half_vector __attribute__((vector_size(2 * LANES)));
 
 INLINE vector read(const number *from, int count) {
@@ -99,8 +87,6 @@ INLINE void write(number *to, vector value, int count) {
     memcpy(to, &out, 2 * count);
 }
 #else
-typedef float number;
-
 INLINE vector read(const number *from, int count) { return load(from, count); }
 INLINE void write(number *to, vector value, int count) { store(to, value, count); }
 #endif
