@@ -63,7 +63,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Prepared
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{plan.out} cannot be written ({reason}); free some space or choose --out.") from error
-    for line in [*lines, f"written to {plan.out}; every file's fate is in {plan.out / 'report.txt'}"]:
+    for line in [*lines, f"written to {plan.out}; what was changed or skipped is in {plan.out / 'report.txt'}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return open_prepared(plan.out)
 
