@@ -2,16 +2,17 @@
 
     python benchmarks/drawing.py RUN --steps 8
 
-`snowmelt sample RUN` takes turns with a program that draws with a pipeline of `diffusers` from a U-Net of 3.8 million
-parameters, the small one of the other benchmarks (what its weights are does not matter for the time), with DDIM in
-batches of 64, and saves the pictures. Since that takes minutes, it draws one batch, and once only starts: the
-difference is what a batch costs, of which as many are counted as there would be. Nothing of `diffusers` is shown, and
+`snowmelt sample RUN`, in the format that it takes by itself, takes turns with a program that draws with a pipeline of
+`diffusers` from a U-Net of 3.8 million parameters (what its weights are does not matter for the time), in float32, with
+DDIM in batches of 64, and saves the pictures; all on the processor. Since that takes minutes, it draws one batch, and
+two more in another call: the difference is what the other batches are counted for. Nothing of `diffusers` is shown, and
 no ratio, where it is not installed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -23,22 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from commands import timed
+from rivals import small
 from snowmelt.config import read_config
 
-BATCH = 64
+BATCH, MORE = 64, 3
 RIVAL = """
-import sys
+import json, sys
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-size, channels, count, steps, folder = *map(int, sys.argv[1:5]), sys.argv[5]
-down = ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D")
-up = ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")
-unet = UNet2DModel(size, channels, channels, down_block_types=down, up_block_types=up,
-                   block_out_channels=(64, 96, 128), layers_per_block=1)
-pipeline = DDIMPipeline(unet.eval(), DDIMScheduler())
+settings, batches, batch, steps, folder = map(json.loads, sys.argv[1:])
+pipeline = DDIMPipeline(UNet2DModel(**settings).eval(), DDIMScheduler())
 pipeline.set_progress_bar_config(disable=True)
-if count:
-    for number, picture in enumerate(pipeline(batch_size=count, num_inference_steps=steps).images):
-        picture.save(f"{folder}/{number}.png")
+for first in range(batches):
+    for number, picture in enumerate(pipeline(batch_size=batch, num_inference_steps=steps).images):
+        picture.save(f"{folder}/{first}-{number}.png")
 """
 
 
@@ -57,22 +55,23 @@ class Options:
 
 def main(options: Options) -> None:
     """Take turns and print the table."""
-    data = read_config(options.run / "config.toml").data
-    there = find_spec("diffusers") is not None
+    data, there = read_config(options.run / "config.toml").data, find_spec("diffusers") is not None
     ours, theirs, ratios = list[float](), list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
-        sample = ["-m", "snowmelt", "sample", str(options.run), "--out", folder, "--unconditional"]
+        sample = ["snowmelt", "sample", options.run, "--out", folder, "--count", options.count, "--unconditional"]
+        sample += ["--steps", options.steps, "--device", "cpu"]
         for _ in range(options.turns):
-            drawn = timed([sys.executable, *sample, "--count", str(options.count), "--steps", str(options.steps)])
-            ours.append(drawn.clock)
+            ours.append(timed([sys.executable, "-m", *map(str, sample)]).clock)
             if not there:
                 continue
-            told = ["-c", RIVAL, str(data.size), str(data.channels)]
-            started, batch = (
-                timed([sys.executable, *told, str(count), str(options.rival_steps), folder]).clock
-                for count in (0, BATCH)
+            few, many = (
+                timed([sys.executable, "-c", RIVAL, *map(json.dumps, told)]).clock
+                for told in (
+                    (small(data.size, data.channels), batches, BATCH, options.rival_steps, folder)
+                    for batches in (1, MORE)
+                )
             )
-            theirs.append(started + (batch - started) * options.count / BATCH)
+            theirs.append(few + (many - few) / (MORE - 1) * (options.count / BATCH - 1))
             ratios.append(theirs[-1] / ours[-1])
     table = Table("", "steps", "seconds", "median", "diffusers' over it", title=f"{options.count:,} pictures")
     rows = [("snowmelt sample", options.steps, ours, ratios), ("diffusers, DDIM", options.rival_steps, theirs, [])]

@@ -120,7 +120,7 @@ def main(options: Options) -> None:
     table = Table(
         "way", "evaluations", "s/picture", "to the first",
         *(f"{name} ({space.name})" for space in spaces for name in NAMES),
-        title=f"{run.path}: {options.samples:,} pictures, {precision.name}",
+        title=f"{run.path}: {options.samples:,} pictures, {', '.join({one.precision for one in orders.values()})}",
     )  # fmt: skip
     found: dict[str, dict[str, object]] = {}
     first = 0.0

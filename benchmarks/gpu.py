@@ -61,12 +61,11 @@ from snowmelt.terminal import Log, console
 from throughput import settings as settings_of
 
 PEAKS: dict[str, float] = {
-    # Part of a device's name, the longer ones first: dense bf16 products, FLOP/s.
+    # Part of a device's name, the first that fits: dense bf16 products, FLOP/s.
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
-    "GH200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,

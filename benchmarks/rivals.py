@@ -33,6 +33,20 @@ RATE, CLIP = 1e-4, 1.0
 """Learning rate and largest norm of the gradient of both scripts."""
 
 
+def small(size: int, channels: int) -> dict[str, Any]:
+    """A `UNet2DModel` of 3.8 million parameters."""
+    blocks = ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "down_block_types": blocks,
+        "up_block_types": [block.replace("Down", "Up") for block in reversed(blocks)],
+        "block_out_channels": [64, 96, 128],
+        "layers_per_block": 1,
+    }
+
+
 @dataclass(frozen=True)
 class Rival:
     """A system under training."""
@@ -48,6 +62,8 @@ class Rival:
 
 def batches(pictures: Tensor, batch: int) -> Iterator[Tensor]:
     """For ever, shuffled anew each time round, as a DataLoader gives them."""
+    if len(pictures) < batch:
+        raise SystemExit(f"A step of {batch} pictures cannot be made of {len(pictures)}; name a larger folder.")
     while True:
         yield from torch.utils.data.DataLoader(pictures, batch_size=batch, shuffle=True, drop_last=True)
 

@@ -3,7 +3,7 @@
     python benchmarks/sampler_cost.py [--batch 16]
 
 The denoiser is replaced by one that answers at once; what is left is the sampler's own. Both are medians, the network
-measured in turn with the samplers.
+measured in turn with the samplers, on one thread.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
                 grid = GRIDS[method.grid](cosine, STEPS)
                 own[name].append(seconds(lambda: list(method(lambda x, _: x, noise, grid, lambda _: noise))) / STEPS)  # noqa: B023
     call = median(calls)
-    print(f"one call of the network, {batch} pictures: {1e3 * call:.1f} ms\n")
+    print(f"one call of the network, {batch} pictures, on one thread: {1e3 * call:.1f} ms\n")
     print("| sampler | ms per step | share of a call |\n|---|---:|---:|")
     for name, times in own.items():
         print(f"| `{name}` | {1e3 * median(times):.3f} | {median(times) / call:.2%} |")

@@ -41,8 +41,6 @@ from snowmelt.models.base import Drawing
 HELD_OUT = 256
 BATCH = 64
 """Pictures drawn or denoised at once."""
-SMALL = {"block_out_channels": [64, 96, 128], "layers_per_block": 1}
-"""Of `diffusers`' U-Net: 3.8 million parameters."""
 SCRIPT_BATCH = 16
 """The default of both scripts."""
 RIVALS = (
@@ -91,7 +89,7 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     import torch
 
     from contest import train_for, updates_in
-    from rivals import denoising_diffusion_pytorch, denoising_diffusion_pytorch_tuned, diffusers, diffusers_tuned
+    from rivals import denoising_diffusion_pytorch, denoising_diffusion_pytorch_tuned, diffusers, diffusers_tuned, small
     from snowmelt.data.pixels import to_images
     from snowmelt.data.prepared import open_prepared
 
@@ -99,15 +97,7 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     pictures = to_images(torch.from_numpy(np.ascontiguousarray(prepared.images[prepared.train])))
     channels, size = pictures.shape[1], pictures.shape[2]
     if name.startswith("diffusers"):
-        blocks = ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]
-        settings = {
-            "sample_size": size,
-            "in_channels": channels,
-            "out_channels": channels,
-            "down_block_types": blocks,
-            "up_block_types": [block.replace("Down", "Up") for block in reversed(blocks)],
-            **SMALL,
-        }
+        settings = small(size, channels)
         make = diffusers_tuned if name.endswith("tuned") else partial(diffusers, bf16=name.endswith("bf16"))
         updates = updates_in(seconds, make(pictures, settings, SCRIPT_BATCH))
         rival = make(pictures, settings, SCRIPT_BATCH, updates=updates, seed=seed)

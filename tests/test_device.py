@@ -24,6 +24,7 @@ from snowmelt.config import Config, DataConfig, TrainingConfig, UNetConfig
 from snowmelt.data.prepared import Prepared
 from snowmelt.data.stream import Batch
 from snowmelt.device import LEAST_COMPILED, Precision, changes_for, faster_precision, improved
+from snowmelt.errors import Stopped
 from snowmelt.models import build_learner, build_model
 from snowmelt.networks import kernels
 from snowmelt.recording import Replayed, forget_tried, speed_up
@@ -403,6 +404,14 @@ def test_changes_are_kept_where_they_pay(clock):
     slower = improved(Precision(CPU), lambda _precision: clock(0.005), before=0.004, seconds=0.0)
     assert slower.precision == Precision(CPU) and slower.seconds == 0.004
     assert [reason.split(" (")[0] for reason in slower.reasons] == ["channels_last: no", "compiled: no", "recorded: no"]
+
+
+def test_a_signal_is_no_failure_of_a_compiler():
+    def step(_precision):
+        raise Stopped("Nothing was planned.", 15)
+
+    with pytest.raises(Stopped):
+        improved(Precision(CPU), step, before=0.004, seconds=0.0)
 
 
 def test_the_compiler_takes_the_layout_that_it_is_fast_in(clock):

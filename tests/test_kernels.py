@@ -1,5 +1,6 @@
 """Kernels in C are compiled where they can be, and where not everything is the same without them."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -106,13 +107,15 @@ def test_where_only_gradients_do_not_compile_networks_learn_with_torch(fresh, mo
     assert layer.weight.grad is not None and norm.weight.grad is not None
 
 
-@pytest.mark.parametrize("compiler", ["false", "true", "sleep"])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("compiler", ["false", "true", "sleep", "no-such-compiler"])
 def test_a_compiler_that_fails_is_silent(compiler, fresh, monkeypatch, capfd):
-    """One that ends with an error, one that makes nothing, and one that does not end."""
+    """One that ends with an error, one that makes nothing, one that does not end, and none at all."""
     command = (sys.executable, "-c", "import time; time.sleep(60)") if compiler == "sleep" else (compiler,)
     monkeypatch.setattr(kernels, "COMPILE", command)
     monkeypatch.setattr(kernels, "SECONDS", 0.2 if compiler == "sleep" else 20.0)
     assert nothing_compiled()
+    gc.collect()
     assert capfd.readouterr() == ("", "")
 
 

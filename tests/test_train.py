@@ -45,8 +45,10 @@ from snowmelt.presets import (
 )
 from snowmelt.run import Run, lock
 from snowmelt.train import TrainOptions, train
-from snowmelt.training import loop, session, watch
-from snowmelt.training.alarms import learned_by_heart
+from snowmelt.training import fitting, loop, session, watch
+from snowmelt.training.alarms import learned_by_heart, spread_ratio
+from snowmelt.training.forecast import TRAINED, updates_in
+from snowmelt.training.measure import Measured
 from snowmelt.training.options import overrides_of, resolve
 
 QUICK = ("--precision", "fp32", "--config")
@@ -149,7 +151,7 @@ def test_a_plan_is_said_and_nothing_is_left(pictures, small, tmp_path, capsys):
     assert start(pictures, tmp_path / "run", small, "--steps", "30", "--plan", "--flip") == 0
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "about 30 of 16 images: 480, 13 times each picture" in said
-    assert "shown beside the best linear estimate, along 64 directions changes half" in said
+    assert "shown beside the best linear estimate, along up to 64 directions changes half" in said
     assert "changes half of the pictures mirrored average" in said
 
 
@@ -288,9 +290,6 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
     ready, tmp_path, monkeypatch, capsys, large, minutes, said, measured
 ):
     """It is compiled only if that may help, and measured as it will be: with dropout, for so few pictures."""
-    from snowmelt.training import fitting
-    from snowmelt.training.measure import Measured
-
     seen = []
 
     def measure(config, **given):
@@ -311,9 +310,6 @@ def test_a_larger_network_is_measured_before_it_is_chosen(
 @pytest.mark.parametrize(("minutes", "widths"), [(1, [32]), (10, [32, 32]), (600, [32, 32, 48])])
 def test_a_longer_run_is_measured_with_its_own_network(ready, tmp_path, monkeypatch, capsys, minutes, widths):
     """A hundred images a second; which precision is faster for the narrow network need not be so for the usual one."""
-    from snowmelt.training import fitting
-    from snowmelt.training.measure import Measured
-
     seen: list[tuple[int, bool, str]] = []
 
     def measure(config, *, asked, **_given):
@@ -326,7 +322,8 @@ def test_a_longer_run_is_measured_with_its_own_network(ready, tmp_path, monkeypa
     assert cli(["train", str(ready), "--out", str(tmp_path / "run"), "--for", f"{minutes}m", "--plan"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert f"widths {widths[-1]}, " in said
-    assert ("1.5 times as wide as usual, which sees about 1,959,591 images" in said) == (48 in widths)
+    # 1,959,591, but for the part of a second that the command took before it measured.
+    assert ("1.5 times as wide as usual, which sees about 1,959," in said) == (48 in widths)
     # Of a brief run the precision is known; each other network is asked for its own, and has attention.
     later = [(width, True, "auto") for width in widths[1:]]
     assert seen == [(32, False, "auto"), *(later or [(32, False, "fp32")])]
@@ -334,9 +331,6 @@ def test_a_longer_run_is_measured_with_its_own_network(ready, tmp_path, monkeypa
 
 def test_each_decision_is_said_once_and_a_network_measured_once(ready, tmp_path, monkeypatch, capsys):
     """By its last measurement; a VAE, whose network does not depend on the time, is measured for its batch at most."""
-    from snowmelt.training import fitting
-    from snowmelt.training.measure import Measured
-
     seen: list[str] = []
 
     def measure(config, *, asked, **_given):
@@ -359,9 +353,6 @@ def test_each_decision_is_said_once_and_a_network_measured_once(ready, tmp_path,
 @pytest.mark.parametrize(("speed", "batch", "rate"), [(20_000.0, 256, 3e-3), (1000.0, 128, 3e-3), (300.0, 32, 6e-3)])
 def test_a_slow_gpu_takes_smaller_batches(ready, tmp_path, monkeypatch, capsys, speed, batch, rate):
     """Thirty seconds, by images/s: enough updates are left, as on a CPU."""
-    from snowmelt.training import fitting
-    from snowmelt.training.measure import Measured
-
     monkeypatch.setattr(fitting, "measure", lambda _config, **_given: Measured("fp32", 1, speed))
     monkeypatch.setattr(fitting, "is_gpu", lambda _device: True)
     assert cli(["train", str(ready), "--out", str(tmp_path / "run"), "--for", "30s", "--plan"]) == 0
@@ -649,6 +640,38 @@ def test_what_a_kill_before_the_run_existed_leaves_is_no_obstacle(pictures, smal
     (out / "log.txt").write_text("a line\n")
     (out / ".config.toml.123.tmp").write_text("half")
     assert start(pictures, out, small, "--steps", "2") == 0
+
+
+def test_the_same_picture_twice_is_no_measure_of_variety(tmp_path):
+    (tmp_path / "same").mkdir()
+    for number in range(3):
+        Image.new("L", (8, 8), 70).save(tmp_path / "same" / f"{number}.png")
+    assert cli(["prepare", str(tmp_path / "same"), "--out", str(tmp_path / "data")]) == 0
+    drawn = torch.randint(0, 256, (4, 8, 8, 1), dtype=torch.uint8)
+    assert spread_ratio(drawn, open_prepared(tmp_path / "data"), columns=2, classes=0) is None
+
+
+def test_other_pictures_that_an_interrupted_call_prepared_are_not_taken_for_the_run_s(ready, pictures, small, tmp_path):
+    out = tmp_path / "run"
+    assert cli(["prepare", str(pictures), "--out", str(out / "data"), "--size", "8"]) == 0
+    assert start(ready, out, small, "--steps", "2") == 2 and not (out / "config.toml").exists()
+    assert (out / "data" / "images.npy").exists(), "somebody may want them"
+    assert start(out / "data", out, small, "--steps", "2") == 0, "the same ones"
+
+
+def test_what_preparing_took_is_not_trained_in(ready, monkeypatch):
+    """Of a run of a minute, half of which is gone, the images of half a minute are foreseen."""
+    monkeypatch.setattr(fitting, "measure", lambda _config, **_given: Measured("fp32", 1, 100.0))
+    data, options, told = open_prepared(ready), TrainOptions(str(ready), duration="60s"), []
+
+    def choice(**facts):
+        told.append(facts)
+        return resolve(facts_of(data), options, {"training": {}}, **facts)
+
+    for spent in (0.0, 30.0, 90.0):
+        config, speed = fitting.fitted(choice, data, torch.device("cpu"), given={}, log=lambda _: None, spent=spent)
+        assert updates_in(config, speed, spent) == int(TRAINED * max(0, 60 - spent) * 100) // config.training.batch
+    assert [facts["images"] for facts in told if facts.get("images")] == [6000, 3000]
 
 
 def test_a_torn_line_of_metrics_and_a_strange_status_do_no_harm(ready, small, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from snowmelt import checkpoint
 from snowmelt.cli import run as cli
 from snowmelt.device import Precision
 from snowmelt.diffusion.exact import GaussianMixture
@@ -29,8 +30,9 @@ from snowmelt.evaluating.quality import order_of
 from snowmelt.evaluation.drawing import keep_tuned, noise_of, suited, usual
 from snowmelt.evaluation.metrics import frechet_of
 from snowmelt.evaluation.neighbours import Pair
+from snowmelt.files import write_atomic
 from snowmelt.models.base import Drawing
-from snowmelt.run import Run
+from snowmelt.run import Run, lock
 from snowmelt.tune import TuneOptions, tune
 from snowmelt.tuning import judge, search
 
@@ -377,9 +379,10 @@ def test_levels_of_other_weights_are_not_used(digits):
 
     noisy = Drawing(sampler="dpmpp_2m", eta=0.25, levels=(-6.0, 0.0, 1.0, 5.0))
     mean = Drawing(sampler="deis", levels=(-5.0, 0.0, 2.0, 5.0), mean_first=True)
-    path = keep_tuned(run, state, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)), 4: noisy})
-    assert keep_tuned(run, state, {3: mean}) == path and known_for(3) == mean and known_for(4) is None
-    keep_tuned(run, state, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)), 4: noisy})
+    weights = checkpoint.digest_of(state)
+    path = keep_tuned(run, weights, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)), 4: noisy})
+    assert keep_tuned(run, weights, {3: mean}) == path and known_for(3) == mean and known_for(4) is None
+    keep_tuned(run, weights, {3: Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)), 4: noisy})
     assert known_for(3) == Drawing(sampler="ipndm", levels=(-5.0, 0.0, 5.0)) and known_for(4) == noisy
     assert known_for(5) is None
     known = json.loads(path.read_text())
@@ -421,6 +424,19 @@ def test_mistakes_are_one_sentence(digits, words, said, capsys):
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
     assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_a_run_still_training_is_refused(digits, capsys):
+    """Its state would be another one when all is found."""
+    run = Run.open(digits)
+    before = run.status()
+    run.write_status("training")
+    try:
+        with lock(digits):
+            assert cli(["tune", str(digits)]) == 2
+        assert "is still training; wait for it" in capsys.readouterr().err
+    finally:
+        write_atomic(digits / "status.json", json.dumps(before))
 
 
 def test_a_gan_has_nothing_to_tune(tmp_path, capsys):

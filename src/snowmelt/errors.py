@@ -23,15 +23,18 @@ class Locked(UserError):
     """Another process is at work on the same folder, which is left to it."""
 
 
-class Stopped(Exception):
-    """A signal ended the work after everything was saved; the message says how to go on."""
+class Stopped(BaseException):
+    """A signal ended the work after everything was saved; the message says how to go on.
+
+    Like `KeyboardInterrupt` no `Exception`, which whoever tries a compiler or a recording takes for its failure.
+    """
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
 
 
-NO_MEMORY = "There is not enough memory; use a smaller --batch, --count or --size."
+NO_MEMORY = "There is not enough memory; use a smaller --batch, --count, --size or --pictures, if it has one."
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -108,6 +108,20 @@ class Run:
             raise UserError(f"The pictures in {self.data} are not the ones {self.path} was trained on; put those back.")
         return data
 
+    def check_idle(self, then: str) -> None:
+        """Refuse a run that a process trains at this moment.
+
+        Args:
+            then: what the person wants to do with it.
+
+        Raises:
+            UserError: it is one.
+        """
+        if self.status().get("state") == "training" and is_locked(self.path):
+            raise UserError(
+                f"{self.path} is still training; wait for it, or stop it with Ctrl-C and {then} what it has."
+            )
+
     def _way_back(self) -> str:
         """What to do about prepared pictures that are gone."""
         own, source, data = self.path / "data", self.config.request.get("source"), self.config.data

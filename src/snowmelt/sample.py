@@ -143,8 +143,8 @@ def sample(options: SampleOptions) -> list[Path]:
             files += _write(out, group, moments[-1], facts)
             if options.grid:
                 finals.append(moments[-1].cpu())
-            if options.strip and sum(len(moments[-1]) for moments in rows) < ROWS:
-                rows.append([moment[:ROWS].cpu() for moment in moments])
+            if moments[:-1]:
+                rows.append([moment.cpu() for moment in moments])
         if options.grid:
             files.append(save_png(out / "grid.png", sheet(torch.cat(finals), _columns(wanted), smallest=64)))
         if options.strip:
@@ -191,7 +191,8 @@ def _in_turn(turn: list[int]) -> Callable[[int, int], int | None]:
 def _drawn(
     run: Run, model: Model, wanted: list[Wanted], drawing: Drawing, batch: int, *, strip: bool
 ) -> Iterator[tuple[Sequence[Wanted], list[Images]]]:
-    """Batch by batch the pictures, and before them, for a strip, the noisy images of its rows at `MOMENTS` moments."""
+    """Batch by batch the pictures, and before them, for a strip, as long as it has fewer than `ROWS` rows, the noisy
+    images of its rows at `MOMENTS` moments."""
     import torch
     from rich.progress import track
 
@@ -201,7 +202,7 @@ def _drawn(
 
     data, device = run.config.data, model.precision.device
     shape = (data.channels, data.size, data.size)
-    groups = in_parts(wanted, batch)
+    groups, rows = in_parts(wanted, batch), ROWS if strip else 0
     for number, group in enumerate(groups, 1):
         noise = noise_source([one.seed for one in group], [one.number for one in group], shape, device)
         labels = [one.label for one in group if one.label is not None]
@@ -211,8 +212,10 @@ def _drawn(
         pictures = noise(0)
         for step in track(way, title, drawing.count, console=console(), transient=True):
             pictures = step.x0
-            if strip:
-                moments.append(step.x[:ROWS])
+            if rows > 0:
+                # A part of a batch would keep all of it.
+                moments.append(step.x[:rows].clone())
+        rows -= len(group)
         yield group, [*(moments[index] for index in moments_of(len(moments), MOMENTS - 1)), pictures]
 
 

@@ -38,8 +38,10 @@ def plan(options: TrainOptions) -> None:
     """
     from rich.console import Console
 
+    started = time.monotonic()
     _check(options)
     _check_source(_path(options), options)
+    import_torch()
     from snowmelt.training.forecast import plan_table
     from snowmelt.training.signals import stopping
 
@@ -47,10 +49,8 @@ def plan(options: TrainOptions) -> None:
     out = _path(options).absolute()
     beside = next(parent for parent in out.parents if parent.is_dir())
     with stopping("Nothing was planned."), TemporaryDirectory(prefix=".plan-", dir=beside) as folder:
-        config, speed = _settled(
-            Path(folder), options, overrides, Log(say, Path(folder) / "log.txt"), Console(quiet=True)
-        )
-        say.print(plan_table(config, speed))
+        log = Log(say, Path(folder) / "log.txt")
+        say.print(plan_table(*_settled(Path(folder), options, overrides, log, Console(quiet=True), started)))
 
 
 def train(options: TrainOptions) -> Run:
@@ -66,20 +66,20 @@ def train(options: TrainOptions) -> Run:
         raise UserError("A plan trains nothing; leave `plan` away, or call `plan` of the module `snowmelt.train`.")
     path = _path(options)
     _check_source(path, options)
+    # From here on torch is needed; names and numbers that are no good have been refused without waiting for it.
+    import_torch()
     run = _existing(path, options)
     say = console()
     if run is not None and run.status().get("state") == "finished":
         say.print(f"{path} is finished; draw from it with `snowmelt sample {path}`.", markup=False)
         return run
     overrides = _refuse_early(options) if run is None else {}
-    # From here on torch is needed; most mistakes have been refused without waiting for it.
-    import_torch()
     from snowmelt.run import lock
     from snowmelt.training.session import Here, train_run
 
     with make_folder(path, begun="config.toml"), lock(path):
         log = Log(say, path / "log.txt")
-        run = _existing(path, options) or _new(path, options, overrides, log)
+        run = _existing(path, options) or _new(path, options, overrides, log, started)
         report = train_run(run, Here(options.device, options.workers, options.save_every), log, started)
     log(f"Wrote {report}")
     log(f"Finished in {words_of(time.monotonic() - started)}. Draw more with: snowmelt sample {run.path}")
@@ -164,24 +164,25 @@ def _refuse_early(options: TrainOptions) -> dict[str, dict[str, Any]]:
     return overrides
 
 
-def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log) -> Run:
+def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log, started: float) -> Run:
     """Prepare the pictures and write a fully resolved run."""
     from snowmelt.run import Run
     from snowmelt.training.forecast import updates_of
 
-    config, speed = _settled(path, options, overrides, log, console())
-    log(f"Updates: {updates_of(config, speed)}.")
+    config, speed, spent = _settled(path, options, overrides, log, console(), started)
+    log(f"Updates: {updates_of(config, speed, spent)}.")
     return Run.create(path, config)
 
 
 def _settled(
-    path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log, say: Console
-) -> tuple[Config, float | None]:
-    """The configuration, settled by the pictures, which are prepared in `path` where needed, and by the machine; and
-    how many images a second it trains, where that was measured.
+    path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log, say: Console, started: float
+) -> tuple[Config, float | None, float]:
+    """The configuration, settled by the pictures, which are prepared in `path` where needed, and by the machine; how
+    many images a second it trains, where that was measured; and the seconds that were spent before.
 
     Args:
         say: is told how the pictures are prepared.
+        started: `time.monotonic()` when the person's command began.
     """
     from snowmelt.data.prepared import is_prepared, open_prepared
     from snowmelt.device import pick_device
@@ -189,11 +190,17 @@ def _settled(
 
     source = Path(str(options.source))
     seed = overrides["training"].get("seed", 0)
-    data = open_prepared(source) if is_prepared(source) else _prepare(path / "data", options, seed, say)
+    if not is_prepared(source):
+        data = _prepare(path / "data", options, seed, say)
+    elif (path / "data").exists() and not (path / "data").samefile(source):
+        raise UserError(f"{path / 'data'} holds other pictures than {source}; delete it, or choose another --out.")
+    else:
+        data = open_prepared(source)
     choice = partial(resolve, facts_of(data), options, overrides)
     check_size(choice())
     given = overrides["training"]
-    return fitted(choice, data, pick_device(options.device), given=given, log=log)
+    spent = time.monotonic() - started
+    return *fitted(choice, data, pick_device(options.device), given=given, log=log, spent=spent), spent
 
 
 def _prepare(out: Path, options: TrainOptions, seed: int, say: Console) -> Prepared:

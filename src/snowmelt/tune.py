@@ -55,6 +55,7 @@ def tune(options: TuneOptions) -> Path:
     from rich.progress import Progress
     from rich.table import Table
 
+    from snowmelt.checkpoint import digest_of
     from snowmelt.evaluation.drawing import keep_tuned, mean_images
     from snowmelt.models.diffusion import DiffusionModel
     from snowmelt.run import Run
@@ -75,11 +76,14 @@ def tune(options: TuneOptions) -> Path:
 
     check(options)
     run = Run.open(Path(options.run))
+    run.check_idle("tune")
     model, state = run.load_model(run.drawing_precision(options.device, options.precision))
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{run.path} holds a {run.config.model} model, which draws in a single step: nothing to tune.")
     if len(run.open_pictures().train) < 2:
         raise UserError(f"{run.path} was trained on one picture, beside which nothing can be judged; train on more.")
+    # Now, since a run that is trained on meanwhile loses this state.
+    weights = digest_of(state)
     model.means = mean_images(run).to(model.precision.device)
     screen = console()
     with Progress(console=screen, transient=True) as progress:
@@ -110,7 +114,7 @@ def tune(options: TuneOptions) -> Path:
             heir = None if fewer is None else respaced(fewer, count)
             kept[count] = best_of(judge.final, moved_on(judge.distance, these, len(spaced[count]), heir), heir)
             fewer = kept[count].drawing
-    file = keep_tuned(run, state, {count: one.drawing for count, one in kept.items()})
+    file = keep_tuned(run, weights, {count: one.drawing for count, one in kept.items()})
     table = Table("steps", "best", "distance", *map(short, USUAL))
     for count, these in judged.items():
         shown = (kept[count], *these[: len(USUAL)])

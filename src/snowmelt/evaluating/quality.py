@@ -34,7 +34,7 @@ from snowmelt.models import MODELS, check_drawing
 from snowmelt.models.base import Drawing
 from snowmelt.pictures import picture, save_png, sheet_of_pixels
 from snowmelt.presets import drawn_at_once
-from snowmelt.run import Run, is_locked
+from snowmelt.run import Run
 from snowmelt.terminal import Log, words_of
 
 ENOUGH = 500
@@ -183,8 +183,7 @@ def check_run(run: Run, options: EvaluateOptions) -> None:
     asked = [name for name, value in given.items() if value is not None] + ["guidance"] * (options.guidance != 1)
     if asked and is_at_once(run):
         raise in_a_single_step(run, asked[0])
-    if run.status().get("state") == "training" and is_locked(run.path):
-        raise UserError(f"{run.path} is still training; wait for it, or stop it with Ctrl-C and measure what it has.")
+    run.check_idle("measure")
     run.state_of(options.state)
     run.open_pictures()
 

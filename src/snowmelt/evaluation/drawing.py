@@ -216,11 +216,11 @@ def suited(run: Run) -> str | None:
 TUNED = "levels.json"
 
 
-def keep_tuned(run: Run, state: Path, found: dict[int, Drawing]) -> Path:
-    """Keep in the run how so few steps draw best with the weights of `state`, in the place of what was kept before."""
+def keep_tuned(run: Run, weights: str, found: dict[int, Drawing]) -> Path:
+    """Keep in the run how so few steps draw best with the weights of this digest, in the place of what was kept."""
     path = run.folder("evaluations") / TUNED
     steps = {str(count): one.as_dict() for count, one in found.items()}
-    write_atomic(path, json.dumps({"weights": checkpoint.digest_of(state), "steps": steps}, indent=1))
+    write_atomic(path, json.dumps({"weights": weights, "steps": steps}, indent=1))
     return path
 
 

@@ -242,7 +242,7 @@ class DiffusionLearner:
 
     @property
     def parameters(self) -> int:
-        """Of the denoiser."""
+        """Of the denoiser, and of what it learns of its losses."""
         return count_parameters(self.model)
 
     def update(self, batch: Batch, rng: torch.Generator, learning_rate: float) -> Update:

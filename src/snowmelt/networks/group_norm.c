@@ -67,8 +67,8 @@ INLINE vector read(const number *from, int count) {
 #endif
 }
 
-/* The nearest, of two as near the even one. A NaN stays one: its first bits are kept, and a quiet one's are not 0. A
-   processor that does it by itself makes 0 of the smallest, below 1e-38. */
+/* The nearest, of two as near the even one. A NaN stays one. A processor that does it by itself makes 0 of the
+   smallest, below 1e-38. */
 INLINE void write(number *to, vector value, int count) {
 #if defined(WIDE) && defined(__AVX512BF16__)
     const __m256i out = (__m256i)_mm512_cvtneps_pbh(value);

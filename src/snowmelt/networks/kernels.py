@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -25,9 +26,9 @@ BF16 = ("-DBF16",)
 GRADIENTS = ("-DGRADIENTS",)
 """And for the functions of a file that compute gradients, instead of those that compute answers."""
 SECONDS = 40.0
-"""That compiling may take."""
+"""That compiling may take, and linking."""
 CALM = 5
-"""Priority of a compiler, below that of those who compute."""
+"""Priority of a compiler, below that of those who compute, at least."""
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
 """What is there where a GPU is, which makes it unlikely that the processor computes."""
 
@@ -45,24 +46,29 @@ class _Build:
         # The compiler's own files go where ours go, also when nobody waits for it.
         self.environment = {**os.environ, "TMPDIR": self.folder.name}
         source = Path(__file__).with_name(f"{name}.c")
-        self.compiler = subprocess.Popen(  # noqa: S603
-            [*COMPILE, *flags, str(source), "-o", str(self.object)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=self.environment,
-            # Of its own, so that Ctrl-C leaves it to us and its helpers end with it.
-            process_group=0,
-        )
+        self.until = time.monotonic() + SECONDS
+        try:
+            self.compiler = subprocess.Popen(  # noqa: S603
+                [*COMPILE, *flags, str(source), "-o", str(self.object)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=self.environment,
+                # Of its own, so that Ctrl-C leaves it to us and its helpers end with it.
+                process_group=0,
+            )
+        except OSError:
+            self.folder.cleanup()
+            raise
         # Whoever waits for all of them has other work until then.
         with suppress(OSError):
-            os.setpriority(os.PRIO_PGRP, self.compiler.pid, CALM)
+            os.setpriority(os.PRIO_PGRP, self.compiler.pid, max(CALM, os.getpriority(os.PRIO_PROCESS, 0)))
         atexit.register(self.end)
 
     def loaded(self) -> ctypes.CDLL | None:
         """The library, once torch is there: it is not linked with OpenMP, but takes that of torch and its threads."""
         try:
-            if self.compiler.wait(SECONDS):
+            if self.compiler.wait(max(0.0, self.until - time.monotonic())):
                 return None
             link = ["cc", "-shared", str(self.object), "-lm", "-o", str(self.library)]
             subprocess.run(link, check=True, capture_output=True, timeout=SECONDS, env=self.environment)  # noqa: S603

@@ -7,7 +7,6 @@ that has collapsed draws the same picture from every noise. Both are looked for 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from snowmelt.data.prepared import Prepared
 from snowmelt.evaluation.features import random_space
@@ -30,8 +29,9 @@ def learned_by_heart(gap: Gap) -> bool:
     return gap.difference > SURE * (gap.difference - gap.low)
 
 
-def spread_ratio(drawn: Pixels, data: Prepared, *, columns: int, classes: int) -> float:
-    """How different drawn pictures are from each other, as a share of how different real ones are.
+def spread_ratio(drawn: Pixels, data: Prepared, *, columns: int, classes: int) -> float | None:
+    """How different drawn pictures are from each other, as a share of how different real ones are; None where these are
+    all the same.
 
     Args:
         drawn: rows of `columns` pictures, each row of one class where there are classes.
@@ -43,7 +43,8 @@ def spread_ratio(drawn: Pixels, data: Prepared, *, columns: int, classes: int) -
     true = [
         spread(space.features(_alike(data, label if classes else None, len(row)))) for label, row in enumerate(rows)
     ]
-    return float(torch.tensor(mine).mean() / torch.tensor(true).mean().clamp(min=1e-12))
+    real = sum(true) / len(true)
+    return sum(mine) / len(mine) / real if real else None
 
 
 def _alike(data: Prepared, label: int | None, count: int) -> np.ndarray:

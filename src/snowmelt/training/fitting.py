@@ -30,6 +30,7 @@ def fitted(
     *,
     given: Mapping[str, Any],
     log: Callable[[str], object],
+    spent: float = 0.0,
 ) -> tuple[Config, float | None]:
     """What is to be trained on this device, and how many images a second that is, where it was measured.
 
@@ -38,9 +39,10 @@ def fitted(
     Args:
         choice: the configuration, of what it should be told: `images`, `gpu`, `large` and `width` of `preset`.
         given: what the person has set of [training].
+        spent: seconds of a run's time that have gone, by preparing pictures.
     """
     config, asked = choice(), given.get("precision", "auto")
-    seconds = config.training.seconds
+    seconds = None if config.training.seconds is None else max(0.0, config.training.seconds - spent)
     again = partial(measure, data=data, device=device, given=given)
     ask = partial(again, asked=asked)
     if seconds is None:

@@ -26,14 +26,15 @@ LEAST = 200
 """Updates of a run that says what twice the time would bring: shorter ones gained more than it would have said."""
 
 
-def plan_table(config: Config, images_per_second: float | None) -> Table:
+def plan_table(config: Config, images_per_second: float | None, spent: float) -> Table:
     """What `snowmelt train` decided for these pictures and this machine.
 
     Args:
         images_per_second: as measured with this configuration; None where it was not.
+        spent: seconds of a run's time that go by before it trains.
     """
     data, training = config.data, config.training
-    updates = updates_in(config, images_per_second)
+    updates = updates_in(config, images_per_second, spent)
     learner = build_learner(config, Precision(pick_device("cpu"), training.precision))
     model = learner.model
     held = "no classes" if not data.classes else f"{len(data.classes)} classes"
@@ -43,7 +44,7 @@ def plan_table(config: Config, images_per_second: float | None) -> Table:
         "model": f"{config.model}, widths {', '.join(map(str, config.architecture.channels))}, "
         f"{learner.parameters / 1e6:.2f} M parameters",
         "arithmetic": ", ".join((*training.ways, f"{training.threads} CPU threads")),
-        "updates": updates_of(config, images_per_second),
+        "updates": updates_of(config, images_per_second, spent),
         "learning rate": f"{training.learning_rate:g} by {training.optimizer}, rising over "
         f"{min(training.warmup, updates // 5)} updates, falling to 0 over the last {training.decay:.0%}",
         **({"shown beside": _shown(config)} if config.model == "diffusion" else {}),
@@ -73,21 +74,22 @@ def _changes(config: Config) -> str:
 def _shown(config: Config) -> str:
     """What the network is shown beside the noisy picture, in words."""
     directions = config.diffusion.linear
-    return f"the best linear estimate, along {directions} directions" if directions else "nothing"
+    return f"the best linear estimate, along up to {directions} directions" if directions else "nothing"
 
 
-def updates_in(config: Config, speed: float | None) -> int:
-    """How many updates there will be; `speed` is in images a second, of a run by time."""
+def updates_in(config: Config, speed: float | None, spent: float) -> int:
+    """How many updates there will be; of a run by time `speed` is in images a second, and `spent` of its seconds are
+    gone."""
     training = config.training
     if training.steps is not None:
         return training.steps
     assert training.seconds is not None and speed is not None, "a run by time is measured"
-    return int(TRAINED * training.seconds * speed / training.batch)
+    return int(TRAINED * max(0.0, training.seconds - spent) * speed / training.batch)
 
 
-def updates_of(config: Config, speed: float | None) -> str:
+def updates_of(config: Config, speed: float | None, spent: float) -> str:
     """How far the training goes, in words."""
-    training, updates = config.training, updates_in(config, speed)
+    training, updates = config.training, updates_in(config, speed, spent)
     images = updates * training.batch
     time = "" if training.seconds is None else f" in {words_of(training.seconds)}, at {speed:.0f} images/s"
     times = images / config.data.pictures if config.data.pictures else 0.0

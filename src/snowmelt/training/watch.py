@@ -250,12 +250,9 @@ class Watch:
     def preview(self, progress: Progress) -> None:
         """Draw the grid from the run's fixed noise and measure the held-out error, both with the average weights."""
         finished = self.plan.finished(progress.step)
-        if finished and self.plan.config.seconds and not self.preview_seconds:
-            # Of a run that is resumed at its end: how many pictures there is time for.
-            self.foresee()
         begin = time.monotonic()
         with self.average.applied():
-            drawn = self.previews.draw_at_last() if finished else self.previews.draw()
+            drawn = self._draw_at_last() if finished else self.previews.draw()
             if drawn is None:
                 return
             self.drawing_seconds = time.monotonic() - begin
@@ -272,6 +269,12 @@ class Watch:
         self.preview_seconds, self.pace = time.monotonic() - begin, 0.0
         self.spent += self.preview_seconds
 
+    def _draw_at_last(self) -> Drawn | None:
+        if self.plan.config.seconds and not self.preview_seconds:
+            # Of a run that is resumed at its end: how many pictures there is time for.
+            self.foresee()
+        return self.previews.draw_at_last()
+
     def _plot(self) -> None:
         """The first time takes longest, since more code is loaded for it."""
         begin = time.monotonic()
@@ -282,7 +285,7 @@ class Watch:
         """The final pictures: a grid, a strip of pictures melting out of noise, and what else the family can show."""
         step, drawn = self.last
         with self.average.applied():
-            drawn = drawn if step == progress.step else self.previews.draw_at_last()
+            drawn = drawn if step == progress.step else self._draw_at_last()
             if drawn is None:
                 return []
             shown = self._shows()
@@ -310,9 +313,9 @@ class Watch:
         if min(len(train[LOSS]), len(held_out[LOSS])) > 1:  # fewer have no deviation, and no gap is beyond doubt
             (gap,) = gaps({LOSS: train[LOSS]}, {LOSS: held_out[LOSS]})
             self._say_by_heart(progress, learned_by_heart(gap))
-        if drawn is not None:
-            line["spread"] = round(self._spread(drawn), 4)
-            self._say_collapse(progress, line["spread"])
+        if drawn is not None and (spread := self._spread(drawn)) is not None:
+            line["spread"] = round(spread, 4)
+            self._say_collapse(progress, spread)
         self.run.append_metrics({"step": progress.step, "images": progress.images} | line)
 
     def _errors(self, rows: np.ndarray) -> Errors | None:
@@ -331,7 +334,7 @@ class Watch:
                 return None
         return joined(parts)
 
-    def _spread(self, drawn: Images) -> float:
+    def _spread(self, drawn: Images) -> float | None:
         classes = min(10, len(self.run.config.data.classes))
         return spread_ratio(to_pixels(drawn), self.data, columns=self.previews.columns, classes=classes)
 

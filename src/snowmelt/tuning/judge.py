@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from snowmelt.data.pixels import to_pixels
 from snowmelt.data.prepared import spread_rows
@@ -89,15 +90,15 @@ class Judge:
         return self._of(drawing, range(JUDGED, JUDGED + FINAL))
 
     def _of(self, drawing: Drawing, pictures: range) -> float:
-        pixels: list[np.ndarray] = []
+        features: list[torch.Tensor] = []
         # Of other noise than the trajectories.
         config, precision = self.model.config, self.model.precision
         for numbers in in_parts(pictures, drawn_at_once(config, precision.name)):
             noise, labels = noise_of(config.data, self.seed + 1, numbers, precision.device)
             *_, last = self.model.sample(noise, labels, drawing)
-            pixels.append(to_pixels(last.x0).cpu().numpy())
+            features.append(self.space.features(to_pixels(last.x0).numpy()))
         self.drew(len(pictures))
-        return frechet_of(Pair(self.real, self.space.features(np.concatenate(pixels))))
+        return frechet_of(Pair(self.real, torch.cat(features)))
 
 
 def moved_on(
