@@ -14,9 +14,10 @@ The network `default` is the one that `snowmelt train` takes for such pictures, 
 the linear estimate is shown.
 
 Shares are of what torch's convolutions reach alone here in the same format, in the layout in which they are faster
-(3 x 3 with 128 channels, forward and backward, in turn too). Operations are those of the network's forward and backward pass with direct convolutions, the
-same for all: who needs fewer multiplications for them can exceed what convolutions alone reach. Memory is
-the largest resident size, which for Snowmelt includes its comparison of formats before the training.
+(3 x 3 with 128 channels, forward and backward, in turn too). Operations are those of the network's forward and backward
+pass with direct convolutions, the same for all: who needs fewer multiplications for them can exceed what convolutions
+alone reach. Memory is the largest resident size, which for Snowmelt includes its comparison of formats before the
+training.
 """
 
 from __future__ import annotations

@@ -177,9 +177,8 @@ def decide(session: Session, progress: Progress, per_step: float) -> None:
     if first and plan.finished(progress.step):
         needed = words_of(ending + watch.preview_seconds)
         session.log(
-            f"No time is left to train: {words_of(progress.elapsed)} have gone by, and the final pictures and the report "
-            f"take {needed}. "
-            "Give more time with --for, or prepare smaller pictures with --size."
+            f"No time is left to train: {words_of(progress.elapsed)} have gone by, and the final pictures and the "
+            f"report take {needed}. Give more time with --for, or prepare smaller pictures with --size."
         )
 
 
