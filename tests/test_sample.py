@@ -96,7 +96,7 @@ def test_a_picture_in_bf16_is_nearly_that_in_fp32(digits, tmp_path, monkeypatch,
 
 
 def test_grid_and_strip(digits, tmp_path):
-    files = sample(SampleOptions(digits, out=tmp_path, count=20, steps=12, grid=True, strip=True))
+    files = sample(SampleOptions(digits, out=tmp_path, count=20, steps=12, grid=True, strip=True, batch=6))
     assert [path.name for path in files[-2:]] == ["grid.png", "strip.png"]
     assert len(files) == 2 * 20 + 2
     grid, strip = Image.open(tmp_path / "grid.png"), Image.open(tmp_path / "strip.png")

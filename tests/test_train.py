@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -322,8 +323,7 @@ def test_a_longer_run_is_measured_with_its_own_network(ready, tmp_path, monkeypa
     assert cli(["train", str(ready), "--out", str(tmp_path / "run"), "--for", f"{minutes}m", "--plan"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert f"widths {widths[-1]}, " in said
-    # 1,959,591, but for the part of a second that the command took before it measured.
-    assert ("1.5 times as wide as usual, which sees about 1,959," in said) == (48 in widths)
+    assert ("1.5 times as wide as usual, which sees about 1,959,591 images" in said) == (48 in widths)
     # Of a brief run the precision is known; each other network is asked for its own, and has attention.
     later = [(width, True, "auto") for width in widths[1:]]
     assert seen == [(32, False, "auto"), *(later or [(32, False, "fp32")])]
@@ -656,7 +656,8 @@ def test_other_pictures_that_an_interrupted_call_prepared_are_not_taken_for_the_
     assert cli(["prepare", str(pictures), "--out", str(out / "data"), "--size", "8"]) == 0
     assert start(ready, out, small, "--steps", "2") == 2 and not (out / "config.toml").exists()
     assert (out / "data" / "images.npy").exists(), "somebody may want them"
-    assert start(out / "data", out, small, "--steps", "2") == 0, "the same ones"
+    shutil.copytree(out / "data", tmp_path / "same")
+    assert start(tmp_path / "same", out, small, "--steps", "2") == 0, "the same ones"
 
 
 def test_what_preparing_took_is_not_trained_in(ready, monkeypatch):
@@ -672,6 +673,20 @@ def test_what_preparing_took_is_not_trained_in(ready, monkeypatch):
         config, speed = fitting.fitted(choice, data, torch.device("cpu"), given={}, log=lambda _: None, spent=spent)
         assert updates_in(config, speed, spent) == int(TRAINED * max(0, 60 - spent) * 100) // config.training.batch
     assert [facts["images"] for facts in told if facts.get("images")] == [6000, 3000]
+
+
+def test_five_minutes_try_a_larger_network_also_after_preparing(ready, monkeypatch):
+    """On a GPU."""
+    monkeypatch.setattr(fitting, "measure", lambda _config, **_given: Measured("fp32", 1, 1e5))
+    monkeypatch.setattr(fitting, "is_gpu", lambda _device: True)
+    options, widths = TrainOptions(str(ready), duration="5m"), []
+    for spent in (0.0, 60.0):
+        choice = partial(resolve, facts_of(open_prepared(ready)), options, {"training": {}})
+        config, _ = fitting.fitted(
+            choice, open_prepared(ready), torch.device("cpu"), given={}, log=lambda _: None, spent=spent
+        )
+        widths.append(config.network.channels[0])
+    assert widths == [128, 128]
 
 
 def test_a_torn_line_of_metrics_and_a_strange_status_do_no_harm(ready, small, tmp_path):

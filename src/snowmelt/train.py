@@ -38,7 +38,6 @@ def plan(options: TrainOptions) -> None:
     """
     from rich.console import Console
 
-    started = time.monotonic()
     _check(options)
     _check_source(_path(options), options)
     import_torch()
@@ -50,7 +49,7 @@ def plan(options: TrainOptions) -> None:
     beside = next(parent for parent in out.parents if parent.is_dir())
     with stopping("Nothing was planned."), TemporaryDirectory(prefix=".plan-", dir=beside) as folder:
         log = Log(say, Path(folder) / "log.txt")
-        say.print(plan_table(*_settled(Path(folder), options, overrides, log, Console(quiet=True), started)))
+        say.print(plan_table(*_settled(Path(folder), options, overrides, log, Console(quiet=True))))
 
 
 def train(options: TrainOptions) -> Run:
@@ -66,7 +65,7 @@ def train(options: TrainOptions) -> Run:
         raise UserError("A plan trains nothing; leave `plan` away, or call `plan` of the module `snowmelt.train`.")
     path = _path(options)
     _check_source(path, options)
-    # From here on torch is needed; names and numbers that are no good have been refused without waiting for it.
+    # From here on torch is needed; numbers that are no good, and a missing source, have been refused without it.
     import_torch()
     run = _existing(path, options)
     say = console()
@@ -79,7 +78,7 @@ def train(options: TrainOptions) -> Run:
 
     with make_folder(path, begun="config.toml"), lock(path):
         log = Log(say, path / "log.txt")
-        run = _existing(path, options) or _new(path, options, overrides, log, started)
+        run = _existing(path, options) or _new(path, options, overrides, log)
         report = train_run(run, Here(options.device, options.workers, options.save_every), log, started)
     log(f"Wrote {report}")
     log(f"Finished in {words_of(time.monotonic() - started)}. Draw more with: snowmelt sample {run.path}")
@@ -164,25 +163,24 @@ def _refuse_early(options: TrainOptions) -> dict[str, dict[str, Any]]:
     return overrides
 
 
-def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log, started: float) -> Run:
+def _new(path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log) -> Run:
     """Prepare the pictures and write a fully resolved run."""
     from snowmelt.run import Run
     from snowmelt.training.forecast import updates_of
 
-    config, speed, spent = _settled(path, options, overrides, log, console(), started)
+    config, speed, spent = _settled(path, options, overrides, log, console())
     log(f"Updates: {updates_of(config, speed, spent)}.")
     return Run.create(path, config)
 
 
 def _settled(
-    path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log, say: Console, started: float
+    path: Path, options: TrainOptions, overrides: dict[str, dict[str, Any]], log: Log, say: Console
 ) -> tuple[Config, float | None, float]:
     """The configuration, settled by the pictures, which are prepared in `path` where needed, and by the machine; how
-    many images a second it trains, where that was measured; and the seconds that were spent before.
+    many images a second it trains, where that was measured; and the seconds that preparing took.
 
     Args:
         say: is told how the pictures are prepared.
-        started: `time.monotonic()` when the person's command began.
     """
     from snowmelt.data.prepared import is_prepared, open_prepared
     from snowmelt.device import pick_device
@@ -190,16 +188,18 @@ def _settled(
 
     source = Path(str(options.source))
     seed = overrides["training"].get("seed", 0)
+    own, begin, spent = path / "data", time.monotonic(), 0.0
     if not is_prepared(source):
-        data = _prepare(path / "data", options, seed, say)
-    elif (path / "data").exists() and not (path / "data").samefile(source):
-        raise UserError(f"{path / 'data'} holds other pictures than {source}; delete it, or choose another --out.")
+        data = _prepare(own, options, seed, say)
+        spent = time.monotonic() - begin
     else:
         data = open_prepared(source)
+        if own.exists() and not (is_prepared(own) and open_prepared(own).fingerprint == data.fingerprint):
+            # Left by a call that was interrupted; the run would take them for its own.
+            raise UserError(f"{own} holds other pictures than {source}; delete it, or choose another --out.")
     choice = partial(resolve, facts_of(data), options, overrides)
     check_size(choice())
     given = overrides["training"]
-    spent = time.monotonic() - started
     return *fitted(choice, data, pick_device(options.device), given=given, log=log, spent=spent), spent
 
 

@@ -39,7 +39,7 @@ def fitted(
     Args:
         choice: the configuration, of what it should be told: `images`, `gpu`, `large` and `width` of `preset`.
         given: what the person has set of [training].
-        spent: seconds of a run's time that have gone, by preparing pictures.
+        spent: seconds of a run's time that have gone by preparing pictures.
     """
     config, asked = choice(), given.get("precision", "auto")
     seconds = None if config.training.seconds is None else max(0.0, config.training.seconds - spent)
@@ -108,7 +108,7 @@ def _larger(
     Measuring it takes some of that time: what is said of the images is of the rest.
     """
     end, config = time.monotonic() + seconds, choice(gpu=True, large=True)
-    if config.architecture == choice(gpu=True).architecture or seconds < LEAST_COMPILED:
+    if config.architecture == choice(gpu=True).architecture or (config.training.seconds or 0.0) < LEAST_COMPILED:
         return None
 
     def images_of(measured: Measured) -> int:

@@ -31,7 +31,7 @@ def plan_table(config: Config, images_per_second: float | None, spent: float) ->
 
     Args:
         images_per_second: as measured with this configuration; None where it was not.
-        spent: seconds of a run's time that go by before it trains.
+        spent: seconds of a run's time that preparing takes.
     """
     data, training = config.data, config.training
     updates = updates_in(config, images_per_second, spent)
@@ -78,8 +78,8 @@ def _shown(config: Config) -> str:
 
 
 def updates_in(config: Config, speed: float | None, spent: float) -> int:
-    """How many updates there will be; of a run by time `speed` is in images a second, and `spent` of its seconds are
-    gone."""
+    """How many updates there will be; of a run by time `speed` is in images a second, and `spent` of its seconds have
+    gone by preparing."""
     training = config.training
     if training.steps is not None:
         return training.steps
