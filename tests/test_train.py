@@ -642,11 +642,11 @@ def test_what_a_kill_before_the_run_existed_leaves_is_no_obstacle(pictures, smal
     assert start(pictures, out, small, "--steps", "2") == 0
 
 
-def test_the_same_picture_twice_is_no_measure_of_variety(tmp_path):
-    (tmp_path / "same").mkdir()
-    for number in range(3):
-        Image.new("L", (8, 8), 70).save(tmp_path / "same" / f"{number}.png")
-    assert cli(["prepare", str(tmp_path / "same"), "--out", str(tmp_path / "data")]) == 0
+def test_a_single_training_picture_is_no_measure_of_variety(tmp_path):
+    (tmp_path / "two").mkdir()
+    for grey in (70, 80):
+        Image.new("L", (8, 8), grey).save(tmp_path / "two" / f"{grey}.png")
+    assert cli(["prepare", str(tmp_path / "two"), "--out", str(tmp_path / "data")]) == 0
     drawn = torch.randint(0, 256, (4, 8, 8, 1), dtype=torch.uint8)
     assert spread_ratio(drawn, open_prepared(tmp_path / "data"), columns=2, classes=0) is None
 
@@ -667,7 +667,7 @@ def test_what_preparing_took_is_not_trained_in(ready, monkeypatch):
 
     def choice(**facts):
         told.append(facts)
-        return resolve(facts_of(data), options, {"training": {}}, **facts)
+        return resolve(facts_of(data), options, overrides_of(options), **facts)
 
     for spent in (0.0, 30.0, 90.0):
         config, speed = fitting.fitted(choice, data, torch.device("cpu"), given={}, log=lambda _: None, spent=spent)
@@ -681,10 +681,9 @@ def test_five_minutes_try_a_larger_network_also_after_preparing(ready, monkeypat
     monkeypatch.setattr(fitting, "is_gpu", lambda _device: True)
     options, widths = TrainOptions(str(ready), duration="5m"), []
     for spent in (0.0, 60.0):
-        choice = partial(resolve, facts_of(open_prepared(ready)), options, {"training": {}})
-        config, _ = fitting.fitted(
-            choice, open_prepared(ready), torch.device("cpu"), given={}, log=lambda _: None, spent=spent
-        )
+        data = open_prepared(ready)
+        choice = partial(resolve, facts_of(data), options, overrides_of(options))
+        config, _ = fitting.fitted(choice, data, torch.device("cpu"), given={}, log=lambda _: None, spent=spent)
         widths.append(config.network.channels[0])
     assert widths == [128, 128]
 
