@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from commands import timed
-from rivals import small
+from rivals import settings
 from snowmelt.config import read_config
 
 BATCH, MORE = 64, 3
@@ -60,16 +60,14 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sample = ["snowmelt", "sample", options.run, "--out", folder, "--count", options.count, "--unconditional"]
         sample += ["--steps", options.steps, "--device", "cpu"]
+        network = json.dumps(settings("small", data.size, data.channels))
+        rest = [*map(json.dumps, (BATCH, options.rival_steps, folder))]
         for _ in range(options.turns):
             ours.append(timed([sys.executable, "-m", *map(str, sample)]).clock)
             if not there:
                 continue
             few, many = (
-                timed([sys.executable, "-c", RIVAL, *map(json.dumps, told)]).clock
-                for told in (
-                    (small(data.size, data.channels), batches, BATCH, options.rival_steps, folder)
-                    for batches in (1, MORE)
-                )
+                timed([sys.executable, "-c", RIVAL, network, str(batches), *rest]).clock for batches in (1, MORE)
             )
             theirs.append(few + (many - few) / (MORE - 1) * (options.count / BATCH - 1))
             ratios.append(theirs[-1] / ours[-1])

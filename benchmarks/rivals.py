@@ -33,17 +33,28 @@ RATE, CLIP = 1e-4, 1.0
 """Learning rate and largest norm of the gradient of both scripts."""
 
 
-def small(size: int, channels: int) -> dict[str, Any]:
-    """A `UNet2DModel` of 3.8 million parameters."""
-    blocks = ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]
+NETWORKS: dict[str, dict[str, Any]] = {
+    # 3.8 and 35.7 million parameters; the large one is that of the DDPM paper for CIFAR-10.
+    "small": {"block_out_channels": [64, 96, 128], "layers_per_block": 1, "attention": [False, False, True]},
+    "large": {
+        "block_out_channels": [128, 256, 256, 256],
+        "layers_per_block": 2,
+        "attention": [False, True, False, False],
+    },
+}
+
+
+def settings(network: str, size: int, channels: int) -> dict[str, Any]:
+    """Those of a `UNet2DModel` of `NETWORKS`."""
+    chosen = dict(NETWORKS[network])
+    attention = chosen.pop("attention")
     return {
         "sample_size": size,
         "in_channels": channels,
         "out_channels": channels,
-        "down_block_types": blocks,
-        "up_block_types": [block.replace("Down", "Up") for block in reversed(blocks)],
-        "block_out_channels": [64, 96, 128],
-        "layers_per_block": 1,
+        "down_block_types": ["AttnDownBlock2D" if on else "DownBlock2D" for on in attention],
+        "up_block_types": ["AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)],
+        **chosen,
     }
 
 

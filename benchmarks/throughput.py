@@ -38,17 +38,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rivals import diffusers
+from rivals import settings as settings_of
 from snowmelt.config import UNetConfig
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    # 3.8 and 35.7 million parameters; the large one is that of the DDPM paper for CIFAR-10.
-    "small": {"block_out_channels": [64, 96, 128], "layers_per_block": 1, "attention": [False, False, True]},
-    "large": {
-        "block_out_channels": [128, 256, 256, 256],
-        "layers_per_block": 2,
-        "attention": [False, True, False, False],
-    },
-}
 DEFAULT = "default"
 SIZE, CHANNELS, PICTURES = 32, 3, 1024
 
@@ -79,18 +71,8 @@ def unet_of(network: str) -> UNetConfig:
 
 
 def settings(network: str) -> dict[str, Any]:
-    """The config.json of a `UNet2DModel`."""
-    chosen = dict(NETWORKS[network])
-    attention = chosen.pop("attention")
-    return {
-        "sample_size": SIZE,
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "down_block_types": ["AttnDownBlock2D" if on else "DownBlock2D" for on in attention],
-        "up_block_types": ["AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)],
-        "attention_head_dim": None,
-        **chosen,
-    }
+    """The config.json of a `UNet2DModel`; like ours its attention has one head."""
+    return {**settings_of(network, SIZE, CHANNELS), "attention_head_dim": None}
 
 
 # In a process of its own.

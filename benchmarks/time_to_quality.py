@@ -89,7 +89,8 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     import torch
 
     from contest import train_for, updates_in
-    from rivals import denoising_diffusion_pytorch, denoising_diffusion_pytorch_tuned, diffusers, diffusers_tuned, small
+    from rivals import denoising_diffusion_pytorch, denoising_diffusion_pytorch_tuned, diffusers, diffusers_tuned
+    from rivals import settings as settings_of
     from snowmelt.data.pixels import to_images
     from snowmelt.data.prepared import open_prepared
 
@@ -97,7 +98,7 @@ def trained_rival(name: str, data: Path, seconds: float, seed: int) -> tuple[Den
     pictures = to_images(torch.from_numpy(np.ascontiguousarray(prepared.images[prepared.train])))
     channels, size = pictures.shape[1], pictures.shape[2]
     if name.startswith("diffusers"):
-        settings = small(size, channels)
+        settings = settings_of("small", size, channels)
         make = diffusers_tuned if name.endswith("tuned") else partial(diffusers, bf16=name.endswith("bf16"))
         updates = updates_in(seconds, make(pictures, settings, SCRIPT_BATCH))
         rival = make(pictures, settings, SCRIPT_BATCH, updates=updates, seed=seed)
