@@ -262,12 +262,13 @@ def measure(network: str, options: Options, screen: Console) -> None:
     )  # fmt: skip
     for name in contestants:
         seconds, precision = median(times[name]), facts[name]["precision"]
-        speed = operations / seconds
         # Turn by turn: neighbours in time had the same machine.
         ratio = median(a / b for a, b in zip(times[contestants[0]], times[name], strict=True))
+        alone = facts[precision]["operations"]
+        share = median(operations / a / (alone / b) for a, b in zip(times[name], times[precision], strict=True))
         table.add_row(
             name, f"{facts[name]['parameters'] / 1e6:.2f} M", f"{options.batch / seconds:.1f}", f"{ratio:.2f} x",
-            f"{speed / 1e9:.1f}", f"{speed / reached[precision]:.0%}", f"{memory[name] / 1e6:.0f} MB", precision,
+            f"{operations / seconds / 1e9:.1f}", f"{share:.0%}", f"{memory[name] / 1e6:.0f} MB", precision,
         )  # fmt: skip
     screen.print(table)
 
