@@ -186,12 +186,30 @@ def test_formats_are_timed_in_turns_where_there_is_time_for_it(monkeypatch, shor
 
     monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(device, "convolution_ratio", lambda _device: 1.0)
+    monkeypatch.setattr(device, "multiplies_bf16", lambda: False)
     found = faster_precision(CPU, step, seconds=3.0, again=lambda _: again)
     assert seen == turns
     assert found.precision == ("bf16" if rounds > 1 else "fp32")
     assert found.seconds == pytest.approx(short if rounds > 1 else 2 * short)
     # Two warm-ups of each, and a step may begin before the time is over.
     assert short > 0.01 or now[0] < 3.0 + 4 * 10 * short + 4 * 2 * short
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize(("ratio", "else_too"), [(1.5, True), (0.95, False), (0.7, None)])
+def test_the_format_that_is_not_expected_must_win_clearly(monkeypatch, multiplies, ratio, else_too):
+    """By a tenth: on one processor bf16 is what is expected, on another it is what must win."""
+    now = [0.0]
+
+    def step(precision: Precision) -> None:
+        now[0] += 0.01 * (ratio if precision.name == "fp32" else 1.0)
+
+    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(device, "convolution_ratio", lambda _device: 1.0)
+    monkeypatch.setattr(device, "multiplies_bf16", lambda: multiplies)
+    found = faster_precision(CPU, step)
+    assert found.ratio == pytest.approx(ratio)
+    assert (found.precision == "bf16") == (else_too or (multiplies and else_too is not None))
 
 
 def test_training_is_compiled_and_evaluation_is_not(monkeypatch):

@@ -167,15 +167,25 @@ def test_patches_are_channels():
 
 @pytest.mark.parametrize("places", [1, 49, 196, 197])
 def test_attention_is_that_of_torch(places):
-    """On both sides of the size at which the fused kernel takes over."""
-    q, k, v = draws(3, 2, 4, places, 16)
+    """And its gradient, on both sides of the size at which the fused kernel takes over."""
+    told, slope = draws(2, places, 3, 4, 16).requires_grad_(), draws(2, places, 64)
+    answer = attend(told)
+    q, k, v = told.permute(2, 0, 3, 1, 4).double().unbind()
+    exact = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     # float32; a weighted mean of values of order 1.
-    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=0, atol=2e-6)
+    torch.testing.assert_close(answer.double(), exact, rtol=0, atol=2e-6)
+    (found,), (expected,) = (torch.autograd.grad(one, told, slope.to(one.dtype)) for one in (answer, exact))
+    # Sums of that many values of order 1 and their products.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(attend(told), answer)
 
 
 def test_attention_ignores_a_shift_of_all_keys():
-    q, k, v = draws(3, 1, 2, 9, 8).double()
-    torch.testing.assert_close(attend(q, k + draws(8).double(), v), attend(q, k, v), rtol=0, atol=1e-13)
+    told = draws(1, 9, 3, 2, 8).double()
+    moved = told.clone()
+    moved[:, :, 1] += draws(8).double()
+    torch.testing.assert_close(attend(moved), attend(told), rtol=0, atol=1e-13)
 
 
 def test_a_network_that_cannot_be_is_refused_in_one_sentence():

@@ -15,6 +15,7 @@ from torch import nn
 
 from snowmelt.data.workers import cores
 from snowmelt.errors import UserError, choose
+from snowmelt.networks.kernels import multiplies_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -164,8 +165,9 @@ def faster_precision(
 
     One of `names` follows the other, so that what one needs is gone before the next needs it, in two rounds or, where
     steps are long, in one. Their best times are compared, since other processes can only make a time worse (one that is
-    busy whenever one of them is timed can still mislead), and bf16 must win by `gain` so that noise does not decide.
-    Where one convolution is `PLAIN` times slower in bf16 its steps are not waited for.
+    busy whenever one of them is timed can still mislead), and what is not expected must win by `gain` so that noise
+    does not decide: bf16 is expected where the processor multiplies it itself, fp32 elsewhere. Where one convolution is
+    `PLAIN` times slower in bf16 its steps are not waited for.
 
     Args:
         timed: whether the time of a step is wanted too, or only the choice.
@@ -186,7 +188,8 @@ def faster_precision(
         best = {name: min(time, time_of(Precision(device, name), step, each)) for name, time in best.items()}
     if len(best) > 1:
         ratio = best["fp32"] / best["bf16"]
-        chosen = "bf16" if ratio >= gain else "fp32"
+        expected = device.type == "cpu" and multiplies_bf16()
+        chosen = "bf16" if ratio >= (1 / gain if expected else gain) else "fp32"
     else:
         (chosen,) = best
     return Speed(chosen, ratio, best[chosen])
