@@ -51,7 +51,9 @@ class Options:
 
     networks: tuple[str, ...] = ("small", "large")
     contestants: tuple[str, ...] = ("diffusers", "diffusers bf16", "snowmelt")
-    batch: int = 16
+    batch: int | None = None
+    """Pictures of a step; not given, 16, as in `diffusers`' script, and of `default` as many as `snowmelt train`
+    takes."""
     turns: int = 7
     seconds: float = 3.0
     """Of a turn, at least; two steps at least."""
@@ -68,6 +70,16 @@ def unet_of(network: str) -> UNetConfig:
         if network == DEFAULT
         else network_of(settings(network), Path("benchmark"))[0]
     )
+
+
+def batch_of(network: str, options: Options) -> int:
+    """Pictures of a step."""
+    from snowmelt.config import DataConfig
+    from snowmelt.presets import preset
+
+    if options.batch is not None:
+        return options.batch
+    return preset(DataConfig(SIZE, CHANNELS), "diffusion").training.batch if network == DEFAULT else 16
 
 
 def settings(network: str) -> dict[str, Any]:
@@ -192,7 +204,7 @@ def work(name: str, network: str, options: Options) -> None:
     if name in CEILINGS:
         step, facts["operations"] = ceiling(bf16=name == "bf16")
     else:
-        step, facts["precision"], model = CONTESTANTS[name](network, options.batch)
+        step, facts["precision"], model = CONTESTANTS[name](network, batch_of(network, options))
         facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     step()
     print(json.dumps(facts), flush=True)
@@ -239,7 +251,8 @@ def measure(network: str, options: Options, screen: Console) -> None:
         # One after the other, since some choose how to compute by a measurement.
         processes[name] = start(name, network, options)
         facts[name] = heard(processes[name])
-    names, operations = list(processes), operations_of(network, options.batch)
+    names, batch = list(processes), batch_of(network, options)
+    operations = operations_of(network, batch)
     times: dict[str, list[float]] = {name: [] for name in names}
     memory = dict.fromkeys(names, 0)
     for _ in range(options.turns):
@@ -257,7 +270,7 @@ def measure(network: str, options: Options, screen: Console) -> None:
     reached = {name: facts[name]["operations"] / median(times[name]) for name in CEILINGS}
     table = Table(
         "", "parameters", "images/s", f"against {contestants[0]}", "GFLOP/s", "of the ceiling", "memory", "precision",
-        title=f"{network}: {SIZE} x {SIZE}, batch {options.batch}; convolutions alone "
+        title=f"{network}: {SIZE} x {SIZE}, batch {batch}; convolutions alone "
         + ", ".join(f"{name} {speed / 1e9:.0f} GFLOP/s" for name, speed in reached.items()),
     )  # fmt: skip
     for name in contestants:
@@ -267,7 +280,7 @@ def measure(network: str, options: Options, screen: Console) -> None:
         alone = facts[precision]["operations"]
         share = median(operations / a / (alone / b) for a, b in zip(times[name], times[precision], strict=True))
         table.add_row(
-            name, f"{facts[name]['parameters'] / 1e6:.2f} M", f"{options.batch / seconds:.1f}", f"{ratio:.2f} x",
+            name, f"{facts[name]['parameters'] / 1e6:.2f} M", f"{batch / seconds:.1f}", f"{ratio:.2f} x",
             f"{operations / seconds / 1e9:.1f}", f"{share:.0%}", f"{memory[name] / 1e6:.0f} MB", precision,
         )  # fmt: skip
     screen.print(table)
