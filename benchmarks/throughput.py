@@ -52,8 +52,8 @@ class Options:
     networks: tuple[str, ...] = ("small", "large")
     contestants: tuple[str, ...] = ("diffusers", "diffusers bf16", "snowmelt")
     batch: int | None = None
-    """Pictures of a step; not given, 16, as in `diffusers`' script, and of `default` as many as `snowmelt train`
-    takes."""
+    """Pictures of a step; not given, 16, as in `diffusers`' script, and of `default` as many as `snowmelt train` takes
+    at most."""
     turns: int = 7
     seconds: float = 3.0
     """Of a turn, at least; two steps at least."""

@@ -166,17 +166,22 @@ def test_patches_are_channels():
 
 
 @pytest.mark.parametrize("places", [1, 49, 196, 197])
-def test_attention_is_that_of_torch(places):
-    """And its gradient, on both sides of the size at which the fused kernel takes over."""
-    told, slope = draws(2, places, 3, 4, 16).requires_grad_(), draws(2, places, 64)
+@pytest.mark.parametrize(("batch", "heads"), [(2, 4), (2, 1), (1, 4)])
+# float32: a weighted mean of values of order 1, and sums of that many and their products. bfloat16 rounds by 2^-9, and
+# shares and their gradients on the way too.
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_attention_is_that_of_torch(places, batch, heads, dtype, error):
+    """And its gradient, on both sides of the size at which the fused kernel takes over; also where what it is told lies
+    in another order, and its slope is one number."""
+    told = draws(batch, 3, places, heads, 16).to(dtype).transpose(1, 2).requires_grad_()
     answer = attend(told)
-    q, k, v = told.permute(2, 0, 3, 1, 4).double().unbind()
+    q, k, v = told.double().permute(2, 0, 3, 1, 4).unbind()
     exact = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    # float32; a weighted mean of values of order 1.
-    torch.testing.assert_close(answer.double(), exact, rtol=0, atol=2e-6)
-    (found,), (expected,) = (torch.autograd.grad(one, told, slope.to(one.dtype)) for one in (answer, exact))
-    # Sums of that many values of order 1 and their products.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(answer.double(), exact, rtol=0, atol=error)
+    for slope in (draws(*answer.shape).to(dtype), torch.ones((), dtype=dtype).expand(answer.shape)):
+        (found,) = torch.autograd.grad(answer, told, slope, retain_graph=True)
+        (expected,) = torch.autograd.grad(exact, told, slope.double(), retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=error)
     with torch.no_grad():
         assert torch.equal(attend(told), answer)
 

@@ -89,7 +89,7 @@ class SampleOptions:
     """Pictures drawn at once; 64 (in bf16 128), or fewer of large ones, when not given."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """fp32 draws the same picture everywhere, but for rounding; auto is bf16 where the run was trained in it and the
-    processor multiplies it, which is faster and hardly to be seen, and else fp32."""
+    processor multiplies it, which is mostly faster and hardly to be seen, and else fp32."""
     device: str = "auto"
     """cpu, cuda, mps, ...; auto takes a GPU where there is one."""
 

@@ -109,7 +109,7 @@ def multiplies_bf16() -> bool:
 def drawn_in(asked: str, trained: str, device: str = "cpu") -> str:
     """The number format that pictures are drawn in on a kind of device: as `asked`, and for "auto" as `trained`.
 
-    Training by itself measures which is faster. Pictures of bfloat16 are a hundredth farther from real ones, within the
+    Training by itself measures what pays. Pictures of bfloat16 are a hundredth farther from real ones, within the
     chance of thousands, and hardly to be told from those of float32 (docs/recipe.md). Where a processor does not
     multiply bfloat16, and on a GPU, where all that was not measured, "auto" is float32.
     """

@@ -128,7 +128,8 @@ def attend(told: Tensor) -> Tensor:
 
 def _attended(told: Tensor) -> tuple[Tensor, Tensor]:
     """q, k and v one after the other, (3, batch heads, places, d), and shares, (batch heads, places, places)."""
-    parts = told.permute(2, 0, 3, 1, 4).flatten(1, 2)
+    # Of one head, or one picture, that would be a view.
+    parts = told.permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
     q, k, _ = parts
     return parts, torch.softmax(torch.baddbmm(q.new_zeros(1), q, k.mT, beta=0, alpha=q.shape[2] ** -0.5), dim=-1)
 
@@ -139,7 +140,8 @@ def _places(heads: Tensor, count: int) -> Tensor:
 
 
 class _Attend(torch.autograd.Function):
-    """Torch's own gradients would be gathered from three slices and copied head by head."""
+    """Torch's own gradients would be gathered from three slices and copied head by head. Once differentiable, as our
+    kernels are."""
 
     @staticmethod
     def forward(ctx: Any, told: Tensor) -> Tensor:  # type: ignore[override]

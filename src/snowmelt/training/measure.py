@@ -150,7 +150,9 @@ def measure(
         again=lambda taken: PATIENCE * length(taken),
     )
     if found.ratio is not None:
-        reasons.append(f"Precision: {found.precision} (bf16 trains {found.ratio:.2f} times as fast as fp32 here)")
+        slower = (found.precision == "bf16") == (found.ratio < 1)
+        told = f"bf16 trains {found.ratio:.2f} times as fast as fp32 here{', too little to tell' if slower else ''}"
+        reasons.append(f"Precision: {found.precision} ({told})")
     best, taken = plain(found.precision), found.seconds
     if pays and best.layout == "channels_last":
         reasons.append("channels_last: yes (its kernels could be compiled)")
