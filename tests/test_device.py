@@ -204,11 +204,29 @@ def test_a_surprise_is_tried_again(monkeypatch, freed, chosen, turns):
         if seen[-1:] != [precision.name]:
             seen.append(precision.name)
         busy = seen.count("bf16") <= freed
-        now[0] += 0.01 * {"fp32": 2, "bf16": 10 if busy else 1}[precision.name]
+        now[0] += short * {"fp32": 2, "bf16": 10 if busy else 1}[precision.name]
 
+    short = 0.01
     monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(device, "convolution_ratio", lambda _device: 1.0)
     monkeypatch.setattr(device, "multiplies_bf16", lambda: True)
     assert faster_precision(CPU, step).precision == chosen and seen == ["fp32", "bf16"] * turns
+    # A format that is asked for is no surprise.
+    seen.clear()
+    faster_precision(CPU, step, names=("bf16",))
+    assert seen == ["bf16"] and now[0] < 2 * 3.0 * turns
+    # Nor is it one where bf16 is not expected.
+    monkeypatch.setattr(device, "multiplies_bf16", lambda: False)
+    seen.clear()
+    faster_precision(CPU, step)
+    assert seen == ["fp32", "bf16"] * 2
+    # A turn takes four steps of 0.2 and 1 s each: one, two and three more are 4.8, 9.6 and 14.4 s.
+    monkeypatch.setattr(device, "multiplies_bf16", lambda: True)
+    short, freed = 0.1, 9
+    for patience, made in ((4.0, 1), (9.0, 2), (14.0, 3), (99.0, 4)):
+        seen.clear()
+        assert faster_precision(CPU, step, again=lambda _, patience=patience: patience).precision == "fp32"
+        assert seen == ["fp32", "bf16"] * made
 
 
 @pytest.mark.parametrize(
@@ -236,6 +254,11 @@ def test_the_format_that_is_not_expected_must_win_clearly(monkeypatch, kind, mul
     for ratio, chosen in ratios.items():
         found = faster_precision(torch.device(kind), step)
         assert found.ratio == pytest.approx(ratio) and found.precision == chosen
+    if not slow:
+        monkeypatch.setattr(device, "convolution_ratio", lambda _device: 0.05)
+        now[0], before = 0.0, found
+        found = faster_precision(torch.device(kind), step, timed=False)
+        assert found.precision == "fp32" and now[0] == 0.0 and before.ratio != found.ratio
 
 
 def test_training_is_compiled_and_evaluation_is_not(monkeypatch):

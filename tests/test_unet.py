@@ -167,21 +167,21 @@ def test_patches_are_channels():
 
 @pytest.mark.parametrize("places", [1, 49, 196, 197])
 @pytest.mark.parametrize(("batch", "heads"), [(2, 4), (2, 1), (1, 4)])
-# float32: a weighted mean of values of order 1, and sums of that many and their products. bfloat16 rounds by 2^-9, and
-# shares and their gradients on the way too.
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+# float32 rounds by 6e-8 and bfloat16 by 2^-9, some times on the way; of the whole, as a root of squares.
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.015)])
 def test_attention_is_that_of_torch(places, batch, heads, dtype, error):
     """And its gradient, on both sides of the size at which the fused kernel takes over; also where what it is told lies
     in another order, and its slope is one number."""
     told = draws(batch, 3, places, heads, 16).to(dtype).transpose(1, 2).requires_grad_()
     answer = attend(told)
-    q, k, v = told.double().permute(2, 0, 3, 1, 4).unbind()
+    parts = told.detach().double().requires_grad_()
+    q, k, v = parts.permute(2, 0, 3, 1, 4).unbind()
     exact = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(answer.double(), exact, rtol=0, atol=error)
+    assert float((answer.double() - exact).detach().norm() / exact.detach().norm()) < error
     for slope in (draws(*answer.shape).to(dtype), torch.ones((), dtype=dtype).expand(answer.shape)):
         (found,) = torch.autograd.grad(answer, told, slope, retain_graph=True)
-        (expected,) = torch.autograd.grad(exact, told, slope.double(), retain_graph=True)
-        torch.testing.assert_close(found, expected, rtol=0, atol=error)
+        (expected,) = torch.autograd.grad(exact, [parts], slope.double(), retain_graph=True)
+        assert float((found.double() - expected).norm() / expected.norm()) < error
     with torch.no_grad():
         assert torch.equal(attend(told), answer)
 

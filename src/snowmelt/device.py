@@ -124,7 +124,7 @@ def make_precision(device: torch.device, name: str) -> Precision:
 TURNS = 4
 """Of each format, at most."""
 PLAIN = 3.0
-"""A difference in speed that no neighbour on the machine explains: processors without bf16 take far longer still."""
+"""A difference in speed that neighbours hardly explain: processors without bf16 take far longer still."""
 
 
 def convolution_ratio(device: torch.device) -> float:
@@ -166,16 +166,15 @@ def faster_precision(
     """The precision in which `step` is faster, or about as fast and expected to be.
 
     One of `names` follows the other, so that what one needs is gone before the next needs it, in two turns or, where
-    steps are long, in one, and in up to `TURNS` for as long as the outcome is a surprise. Their best times are
-    compared, since other processes can only make a time worse (one that is busy whenever one of them is timed can still
-    mislead), and what is not expected must win by `gain` so that noise does not decide: bf16 is expected where the
-    processor multiplies it itself, fp32 elsewhere. Elsewhere, and on a GPU, steps in bf16 are not waited for where one
-    convolution is `PLAIN` times slower in it.
+    steps are long, in one. Their best times are compared, since other processes can only make a time worse (one that is
+    busy whenever one of them is timed can still mislead), and what is not expected must win by `gain` so that noise
+    does not decide: bf16 is expected where the processor multiplies it itself, which then has up to `TURNS` to do so,
+    and fp32 elsewhere. There steps in bf16 are not waited for where one convolution is `PLAIN` times slower in it.
 
     Args:
         timed: whether the time of a step is wanted too, or only the choice.
         seconds: that two turns take; longer where steps do, of which a warm-up and mostly `LEAST_STEPS` are made.
-        again: how long another turn may take, by the seconds of a step.
+        again: how long all turns after the first may take where that is longer, by the seconds of a step.
     """
     ratio: float | None = None
     expected = device.type == "cpu" and multiplies_bf16()
@@ -185,12 +184,12 @@ def faster_precision(
     if len(names) == 1 and not timed:
         (only,) = names
         return Speed(only, ratio, None)
-    each, best = seconds / len(names) / 2, dict.fromkeys(names, float("inf"))
-    for turn in range(TURNS):
-        least = (LEAST_STEPS + 1) * sum(best.values())
-        affordable = least <= max(len(names) * each, again(min(best.values())))
-        surprising = expected and best.get("fp32", 0.0) * gain < best.get("bf16", 0.0)
-        if turn and not (affordable and (turn == 1 or surprising)):
+    each = seconds / len(names) / 2
+    best = {name: time_of(Precision(device, name), step, each) for name in names}
+    for turn in range(1, TURNS):
+        surprising = expected and len(best) > 1 and best["fp32"] * gain < best["bf16"]
+        least = turn * (LEAST_STEPS + 1) * sum(best.values())
+        if least > max(len(names) * each, again(min(best.values()))) or (turn > 1 and not surprising):
             break
         best = {name: min(time, time_of(Precision(device, name), step, each)) for name, time in best.items()}
     if len(best) > 1:

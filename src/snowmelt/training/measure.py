@@ -78,7 +78,7 @@ def learner_of(config: Config, precision: Precision, failed: Callable[[str], obj
 
 
 PATIENCE = 0.02
-"""Share of a training that the steps of trying formats a second time may take."""
+"""Share of a training that the steps of trying formats again may take."""
 
 
 def refuse(reason: str) -> None:
@@ -151,7 +151,7 @@ def measure(
     )
     if found.ratio is not None:
         slower = (found.precision == "bf16") == (found.ratio < 1)
-        told = f"bf16 trains {found.ratio:.2f} times as fast as fp32 here{', too little to tell' if slower else ''}"
+        told = f"bf16 trains {found.ratio:.2f} times as fast as fp32 here{', too little to decide' if slower else ''}"
         reasons.append(f"Precision: {found.precision} ({told})")
     best, taken = plain(found.precision), found.seconds
     if pays and best.layout == "channels_last":

@@ -70,7 +70,7 @@ class TrainOptions:
     seed: int | None = None
     """Decides the first weights, the order of the pictures, the noise and what is held out; 0 when not given."""
     precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
-    """auto measures which is faster here; where they are alike, it is the one that the processor is made for."""
+    """auto measures which is faster here; of two alike it takes bf16 if the processor is known to multiply that."""
     config: Path | None = None
     """A TOML file with any settings of a run's config.toml; they override what is chosen for you."""
     device: str = "auto"
