@@ -142,6 +142,20 @@ def convolution_ratio(device: torch.device) -> float:
     return best["fp32"] / best["bf16"]
 
 
+def imitated(device: torch.device) -> float | None:
+    """`convolution_ratio` where it is so low that the device must imitate bf16, else None; without a look where the
+    processor is known to multiply it."""
+    if multiplies(device):
+        return None
+    ratio = convolution_ratio(device)
+    return ratio if ratio < 1 / PLAIN else None
+
+
+def multiplies(device: torch.device) -> bool:
+    """Whether this is a processor that is known to multiply bf16."""
+    return device.type == "cpu" and multiplies_bf16()
+
+
 class Speed(NamedTuple):
     """What was measured of a step."""
 
@@ -176,11 +190,9 @@ def faster_precision(
         seconds: that two turns take; longer where steps do, of which a warm-up and mostly `LEAST_STEPS` are made.
         again: how long all turns after the first may take where that is longer, by the seconds of a step.
     """
-    ratio: float | None = None
-    expected = device.type == "cpu" and multiplies_bf16()
-    if len(names) > 1 and not expected:
-        ratio = convolution_ratio(device)
-        names = ("fp32",) if ratio < 1 / PLAIN else names
+    expected = multiplies(device)
+    ratio = imitated(device) if len(names) > 1 else None
+    names = names if ratio is None else ("fp32",)
     if len(names) == 1 and not timed:
         (only,) = names
         return Speed(only, ratio, None)

@@ -122,21 +122,16 @@ def attend(told: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Attend.apply(told)
-    parts, shares = _attended(told)
-    return _places(torch.bmm(shares, parts[2]), told.shape[3])
+    return _attended(told)[0]
 
 
-def _attended(told: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k and v one after the other, (3, batch heads, places, d), and shares, (batch heads, places, places)."""
+def _attended(told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The answer; q, k and v one after the other, (3, batch heads, places, d); shares (batch heads, places, places)."""
     # Of one head, or one picture, that would be a view.
     parts = told.permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
-    q, k, _ = parts
-    return parts, torch.softmax(torch.baddbmm(q.new_zeros(1), q, k.mT, beta=0, alpha=q.shape[2] ** -0.5), dim=-1)
-
-
-def _places(heads: Tensor, count: int) -> Tensor:
-    """(batch heads, places, d) as (batch, places, heads d)."""
-    return heads.unflatten(0, (-1, count)).transpose(1, 2).flatten(2)
+    q, k, v = parts
+    shares = torch.softmax(torch.baddbmm(q.new_zeros(1), q, k.mT, beta=0, alpha=q.shape[2] ** -0.5), dim=-1)
+    return torch.bmm(shares, v).unflatten(0, (-1, told.shape[3])).transpose(1, 2).flatten(2), parts, shares
 
 
 class _Attend(torch.autograd.Function):
@@ -145,10 +140,10 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, told: Tensor) -> Tensor:  # type: ignore[override]
-        parts, shares = _attended(told)
+        answer, parts, shares = _attended(told)
         ctx.save_for_backward(parts, shares)
         ctx.heads = told.shape[3]
-        return _places(torch.bmm(shares, parts[2]), ctx.heads)
+        return answer
 
     @staticmethod
     @once_differentiable

@@ -15,12 +15,11 @@ from snowmelt.config import TrainingConfig
 from snowmelt.data.prepared import Prepared, spread_rows
 from snowmelt.data.stream import Batch, Stream, batch_of
 from snowmelt.data.workers import cores
-from snowmelt.device import PLAIN, convolution_ratio, has_room, keep_memory, pick_device, use_tensor_cores
+from snowmelt.device import has_room, imitated, keep_memory, pick_device, use_tensor_cores
 from snowmelt.ema import Average
 from snowmelt.errors import NO_MEMORY, Stopped, UserError, out_of_memory
 from snowmelt.models.base import Learner
 from snowmelt.networks.group_norm import gradients
-from snowmelt.networks.kernels import multiplies_bf16
 from snowmelt.run import Run
 from snowmelt.seeds import generator
 from snowmelt.terminal import Log
@@ -158,7 +157,7 @@ def _differences(training: TrainingConfig, device: torch.device) -> Iterator[str
         yield f"It computes with {training.threads} threads, and there are {cores()} cores here: that may be slow."
     if training.layout == "channels_last" and gradients(torch.float32) is None:
         yield "The kernels for channels_last cannot be compiled here: torch's are slower."
-    if training.precision == "bf16" and not multiplies_bf16() and convolution_ratio(device) < 1 / PLAIN:
+    if training.precision == "bf16" and imitated(device) is not None:
         yield "This processor does not multiply bfloat16, but imitates it: that may take many times as long."
 
 
